@@ -1,0 +1,847 @@
+"""The judge of autoresearch. Locked: an experiment changes train.py, never this file.
+
+uv run prepare.py                      prepare the default corpus: climbmix with CUDA, python without
+uv run prepare.py --corpus FOLDER      prepare your own text
+uv run prepare.py check                verify everything on disk, print the harness fingerprint
+uv run prepare.py log keep "what"      write the last run into results.tsv and commit that file
+"""
+
+import argparse
+import base64
+import contextlib
+import csv
+import faulthandler
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+STARTED = time.perf_counter()  # total_seconds counts from here: the import of torch is part of a run
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import requests
+import rustbpe
+import tiktoken
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+TIME_BUDGET = 300  # seconds of training in every run
+RUN_LIMIT = 600  # seconds after which a run ends itself, whatever it is doing
+SEED = 42
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Corpora
+
+CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"
+CLIMBMIX_REVISION = "main"  # until a commit is known; the manifest pins what came by its sha256
+CLIMBMIX_TRAIN_SHARDS = 6542  # shard_00000 to shard_06541; shard_06542 is the validation shard
+
+# Python source that uv.lock pins; two files differ between the wheels for Linux and macOS, x86-64 and Arm (2026-11-23).
+PYTHON_PACKAGES = """torch sympy pandas numpy matplotlib networkx fonttools huggingface_hub setuptools pyarrow mpmath
+    pillow fsspec jinja2 requests"""
+PYTHON_LEFT_OUT = {"torch/version.py", "numpy/__config__.py"}
+TEXT_SUFFIXES = """.txt .md .py .rst .tex .org .html .htm .xml .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .swift .js
+    .ts .jsx .tsx .css .sh .rb .pl .php .lua .r .jl .sql .hs .ml .scala .yaml .yml .toml .ini .cfg"""
+TOO_SMALL = "The corpus is too small: a few hundred KB are the least to train on and be judged by."
+LARGE = {"vocab_size": 8192, "seq_len": 2048, "eval_tokens": 40 * 2**19}
+SMALL = {"vocab_size": 4096, "seq_len": 512, "eval_tokens": 2**19}  # chosen by measuring: README, "On a CPU"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is trained on and judged by: climbmix, python, or the user's folder."""
+
+    name: str
+    directory: Path  # its place in the cache
+    vocab_size: int
+    seq_len: int  # tokens
+    eval_tokens: int  # at most
+    num_shards: int | None = None  # climbmix: training shards
+    folder: str | None = None  # folder: where its text is
+
+
+def cache_root() -> Path:
+    """The cache folder: $AUTORESEARCH_CACHE, else $XDG_CACHE_HOME/autoresearch, else ~/.cache/autoresearch."""
+    chosen, home = os.environ.get("AUTORESEARCH_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(chosen or f"{home}/autoresearch").expanduser().resolve()
+
+
+def get_device() -> torch.device:
+    """The device that every run on this machine uses."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_corpus(choice: str | None = None, num_shards: int | None = None) -> tuple[Corpus, str]:
+    """Return the corpus that `choice` (--corpus), else $AUTORESEARCH_CORPUS, else the device asks for, and why."""
+    why, scale = "as asked for", LARGE if get_device().type == "cuda" else SMALL
+    if not (choice := choice or os.environ.get("AUTORESEARCH_CORPUS")):
+        choice, with_cuda = ("climbmix", "with") if scale is LARGE else ("python", "without")
+        why = f"the default {with_cuda} CUDA; --corpus takes climbmix, python or a folder"
+    if num_shards is not None and not (choice == "climbmix" and 0 < num_shards <= CLIMBMIX_TRAIN_SHARDS):
+        raise SystemExit(f"--shards {num_shards} for {choice}: 1 to {CLIMBMIX_TRAIN_SHARDS}, and for climbmix only")
+    if choice == "climbmix":
+        return Corpus(choice, cache_root() / choice, **LARGE, num_shards=num_shards or 10), why
+    if choice == "python":
+        return Corpus(choice, cache_root() / choice, **SMALL), why
+    folder = Path(choice).expanduser().resolve()
+    if not folder.is_dir():
+        raise SystemExit(f"--corpus {choice}: neither climbmix nor python, and there is no folder {folder}")
+    # a folder's scale is the device's: a CPU could not evaluate 20M tokens within a run
+    name = f"folder-{re.sub(r'[^a-zA-Z0-9_-]', '_', folder.name)}-{digest(str(folder), scale)[:8]}"
+    return Corpus("folder", cache_root() / name, **scale, folder=str(folder)), why
+
+
+def digest(*parts: object) -> str:
+    """sha256, in hex, over the JSON of the parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+SOURCE_SHA256 = sha256_file(Path(__file__))
+MAX_SEQ_LEN = choose_corpus()[0].seq_len  # tokens; for scripts that import it
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Download
+
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32)
+STALL_SECONDS = 30
+
+
+def download(part: Path, url: str) -> None:
+    """Stream `url` into `part`, going on where it ends; verify size and sha256. Raises SystemExit with what to do."""
+    name, token = url.rsplit("/", 1)[1], os.environ.get("HF_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    for wait in (*RETRY_SECONDS, 0):
+        try:
+            head = requests.head(url, headers=headers, timeout=STALL_SECONDS)  # not redirected: the hub's own headers
+            if head.status_code in (401, 403, 404):
+                raise SystemExit(f"{url} answered {head.status_code}: set HF_TOKEN, and see if HF_ENDPOINT is right")
+            head.raise_for_status()
+            size, sha256 = int(head.headers["X-Linked-Size"]), head.headers["X-Linked-ETag"].strip('"')
+            done = part.stat().st_size if part.exists() else 0
+            resume = {"Range": f"bytes={done}-"} if done else {}
+            if done < size:
+                with requests.get(url, headers=headers | resume, stream=True, timeout=STALL_SECONDS) as body:
+                    body.raise_for_status()
+                    resumed = body.status_code == 206  # else 200, from the start
+                    bar = tqdm(desc=name, initial=done * resumed, total=size, unit="B", unit_scale=True, disable=None)
+                    with bar, part.open("ab" if resumed else "wb") as file:
+                        for block in body.iter_content(2**20):
+                            bar.update(file.write(block))
+            if sha256_file(part) == sha256:
+                return
+            problem = f"{part.stat().st_size} of {size} bytes, not of the sha256 that the hub says"
+            if part.stat().st_size >= size:
+                part.unlink()  # whole but wrong
+        except (requests.RequestException, KeyError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        print(f"{name}: {problem}{f'; next try in {wait} s' * bool(wait)}", flush=True)
+        time.sleep(wait)
+    again = "What came is kept, `uv run prepare.py --corpus climbmix` goes on from there"
+    raise SystemExit(f"{url} did not arrive. {again}. Without a network: --corpus python. HF_ENDPOINT: a mirror")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Documents
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of a local corpus. The order of files, and so the split, depends on nothing but their names."""
+
+    path: Path
+    name: str
+    size: int  # bytes
+    stamp: str  # changes with the content: sha256 from the package's RECORD (python), time of change (folder)
+
+
+def find_sources(corpus: Corpus) -> list[Source]:
+    """List the files of a local corpus in a fixed shuffled order. Raises SystemExit if there are none."""
+    sources, suffixes = [], {*TEXT_SUFFIXES.split(), ".parquet", ".jsonl"}
+    for package in PYTHON_PACKAGES.split() if corpus.name == "python" else ():
+        distribution = importlib.metadata.distribution(package)
+        for name, sha256, size in csv.reader(distribution.read_text("RECORD").splitlines()):
+            if name.endswith(".py") and sha256 and name not in PYTHON_LEFT_OUT and not name.startswith(".."):
+                sources.append(Source(Path(distribution.locate_file(name)), name, int(size), sha256))
+    for folder, folders, names in os.walk(corpus.folder) if corpus.folder else ():
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() in suffixes and path.is_file():
+                name, stat = path.relative_to(corpus.folder).as_posix(), path.stat()
+                sources.append(Source(path, name, stat.st_size, str(stat.st_mtime_ns)))
+    if not sources:
+        raise SystemExit(f"{corpus.folder}: no text in it. Read are, at any depth: {' '.join(sorted(suffixes))}")
+    return sorted(sources, key=lambda source: digest(source.name))
+
+
+def split_text(text: str, limit: int) -> Iterator[str]:
+    """Cut a text into documents of at most `limit` characters, at blank lines where there are some."""
+    start = 0
+    while start < len(text):
+        end = start + limit
+        if end < len(text):
+            cut = max(text.rfind("\n\n", start + 1, end), text.rfind("\r\n\r\n", start + 1, end))
+            cut = text.rfind("\n", start + 1, end) if cut < 0 else cut
+            end = end if cut < 0 else cut + 1
+        if document := text[start:end].strip("\r\n"):
+            yield document
+        start = end
+
+
+def read_documents(source: Source, limit: int) -> Iterator[str]:
+    """Yield the documents of one file of a local corpus. Raises ValueError if it is not text, OSError if unreadable."""
+    if source.path.suffix.lower() == ".parquet":
+        yield from read_parquet(source.path)
+    elif source.path.suffix.lower() == ".jsonl":
+        with source.path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield str(json.loads(line)["text"])
+                except (ValueError, KeyError, TypeError) as error:
+                    where = f"{source.path}:{number}"
+                    raise SystemExit(f'{where}: expected a JSON object with the key "text" ({error!r})') from None
+    elif b"\0" in (data := source.path.read_bytes()):
+        raise ValueError("binary")
+    else:
+        yield from split_text(data.decode("utf-8"), limit)
+
+
+def read_parquet(path: Path) -> Iterator[str]:
+    """Yield column `text` of a parquet file, streaming. Raises SystemExit if it can't be read or has no such column."""
+    try:
+        with pq.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                raise SystemExit(f"{path}: no column text; its columns are {', '.join(file.schema_arrow.names)}")
+            for batch in file.iter_batches(1024, columns=["text"]):
+                yield from (str(text) for text in batch.column(0).to_pylist() if text)
+    except (pa.ArrowException, OSError) as error:
+        raise SystemExit(f"{path}: not a readable parquet file ({error})") from None
+
+
+def local_documents(sources: list[Source], split: str, corpus: Corpus) -> Iterator[str]:
+    """Yield the documents of one split of a local corpus, saying which files could not be read.
+
+    One file in 25 is held out, but of a file above 1 % of the text one document in 25; fewer of a very large corpus.
+    """
+    total, skipped = sum(source.size for source in sources), []
+    holdout = max(25, total // (8 * corpus.eval_tokens))
+    for position, source in enumerate(tqdm(sources, f"{split} text", unit=" files", disable=None, leave=False)):
+        whole = source.size <= total / 100
+        if whole and (position % holdout == holdout - 1) != (split == "val"):
+            continue
+        try:
+            for index, text in enumerate(read_documents(source, limit=4 * corpus.seq_len)):  # characters: about a row
+                if whole or (index % holdout == holdout - 1) == (split == "val"):
+                    yield text
+        except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+            skipped.append(f"{source.path} ({error})")
+    if skipped:
+        print(f"skipped {len(skipped)} files that are not UTF-8 text, the first is {skipped[0]}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+SPLIT_PATTERN = (  # GPT-4's, but with at most two digits in a token: a small vocabulary has none to spare for numbers
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]
+BOS = SPECIAL_TOKENS[0]
+
+
+class Tokenizer:
+    """Byte-pair encoding as tiktoken runs it, of a prepared corpus; ids are below 2^16."""
+
+    def __init__(self, corpus: Corpus):
+        """Load from the cache. Raises SystemExit if the file there is not the manifest's."""
+        self.corpus, saved = corpus, json.loads(verified(corpus, "tokenizer.json"))
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
+        special = {token: len(ranks) + i for i, token in enumerate(saved["special"])}  # after all other ids
+        rules = {"pat_str": saved["pattern"], "mergeable_ranks": ranks, "special_tokens": special}
+        self.encoding = tiktoken.Encoding("autoresearch", **rules)
+
+    @classmethod
+    def from_directory(cls, directory: str | Path | None = None) -> "Tokenizer":
+        """Load the tokenizer of a place in the cache, by default of the corpus that a run would take."""
+        if directory is not None:
+            return cls(Corpus(directory=Path(directory), **read_manifest(Path(directory))["corpus"]))
+        corpus, _ = choose_corpus()
+        prepare(corpus)
+        return cls(corpus)
+
+    def get_vocab_size(self) -> int:
+        """Number of token ids, specials included."""
+        return self.encoding.n_vocab
+
+    def get_bos_token_id(self) -> int:
+        """The id that every document and every row begins with."""
+        return self.encoding.encode_single_token(BOS)
+
+    def encode(self, text: str) -> list[int]:
+        """Encode a text; specials in it are plain text."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decode ids."""
+        return self.encoding.decode(list(ids))
+
+    def token_bytes(self) -> torch.Tensor:
+        """Raw bytes of each token, 0 for specials: int64, (vocab,).
+
+        Summed over an encoded text they are len(text.encode()) exactly, also where a token ends within a character.
+        """
+        ordinary = self.encoding.n_vocab - len(SPECIAL_TOKENS)
+        sizes = [len(self.encoding.decode_single_token_bytes(token)) for token in range(ordinary)]
+        return torch.tensor(sizes + [0] * len(SPECIAL_TOKENS))
+
+
+def train_tokenizer(part: Path, documents: Iterable[str], vocab_size: int) -> None:
+    """Train byte-pair merges on the first 10,000 characters of each document."""
+    bpe = rustbpe.Tokenizer()
+    bpe.train_from_iterator(
+        (text[:10_000] for text in documents), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN
+    )
+    merges = sorted(bpe.get_mergeable_ranks(), key=lambda merge: merge[1])
+    tokens = [base64.b64encode(bytes(token)).decode() for token, _ in merges]
+    part.write_text(json.dumps({"pattern": SPLIT_PATTERN, "special": SPECIAL_TOKENS, "tokens": tokens}, indent=0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Token cache
+
+MANIFEST = "manifest.json"
+
+
+def read_manifest(directory: Path) -> dict:
+    """{"corpus": settings, "made_from": digest, "files": {name: {"size", "sha256"}}} of a place in the cache."""
+    path = directory / MANIFEST
+    try:
+        return json.loads(path.read_text()) if path.exists() else {"files": {}}
+    except ValueError as error:
+        raise SystemExit(f"{path} is damaged ({error}). Delete it, then `uv run prepare.py` makes it again") from None
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Flush a complete file to disk, then give it its name."""
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def damage(path: Path, entry: dict | None, thorough: bool) -> str | None:
+    """Say in what a file differs from its entry in the manifest: in its size or, with `thorough`, in its content."""
+    if entry is None or not path.exists():
+        return "missing"
+    if (size := path.stat().st_size) != entry["size"]:
+        return f"damaged: {size} bytes instead of {entry['size']}"
+    return "damaged: its sha256 is not the manifest's" if thorough and sha256_file(path) != entry["sha256"] else None
+
+
+def verified(corpus: Corpus, name: str) -> bytes:
+    """Return the content of a prepared file. Raises SystemExit if it is missing or its sha256 is not the manifest's."""
+    path, entry = corpus.directory / name, read_manifest(corpus.directory)["files"].get(name)
+    if problem := damage(path, entry, thorough=True):
+        raise SystemExit(f"{path} is {problem}. `uv run prepare.py` mends it")
+    return path.read_bytes()
+
+
+def ensure(directory: Path, manifest: dict, thorough: bool, name: str, make: Callable, resumes: bool = False) -> Path:
+    """Return the path of a file that is there and whole, if need be by calling `make` with a .part path to write."""
+    path, part, begin = directory / name, directory / f"{name}.part", time.perf_counter()
+    entry = manifest["files"].get(name)
+    if (problem := damage(path, entry, thorough)) is None:
+        return path
+    if entry and not thorough:
+        raise SystemExit(f"{path} is {problem}. `uv run prepare.py` mends it")
+    try:
+        with contextlib.nullcontext() if sys.stdout.isatty() else status_line(lambda: f"making {name}"):  # else: a bar
+            make(part)
+        manifest["files"][name] = {"size": part.stat().st_size, "sha256": sha256_file(part)}
+        put_in_place(part, path)
+    finally:
+        if not resumes:
+            part.unlink(missing_ok=True)
+    part = directory / f"{MANIFEST}.part"
+    part.write_text(json.dumps(manifest, indent=1))
+    put_in_place(part, directory / MANIFEST)
+    size, seconds = path.stat().st_size / 1e6, time.perf_counter() - begin
+    print(f"{name}: {size:.1f} MB in {seconds:.1f} s{f' (it was {problem})' if entry else ''}", flush=True)
+    return path
+
+
+def prepare(corpus: Corpus, thorough: bool = False) -> None:
+    """Make what is missing of a corpus. Safe to kill, to run again, and to run twice at once.
+
+    Raises SystemExit for a file of the wrong size; with `thorough` every file is read, and a damaged one made again.
+    """
+    with explained_disk_errors(corpus.directory), locked(corpus.directory / "lock", "waiting for it", wait=True):
+        build(corpus, thorough)
+
+
+@contextlib.contextmanager
+def locked(path: Path, advice: str, wait: bool) -> Iterator[None]:
+    """Hold a lock file that names its holder; the system lets it go with the process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            message = f"{path} is held by process {lock.read()}: {advice}"
+            if not wait:
+                raise SystemExit(message) from None
+            print(message, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        print(os.getpid(), end="", file=lock, flush=True)
+        yield
+
+
+def build(corpus: Corpus, thorough: bool) -> None:
+    """Make the files of a corpus: the shards to download, tokenizer.json, val_rows.bin, train_*.tokens."""
+    sources = [] if corpus.name == "climbmix" else find_sources(corpus)
+    settings = {name: value for name, value in vars(corpus).items() if name != "directory"}
+    stamps = [(source.name, source.size, source.stamp) for source in sources]
+    made_from = digest(SOURCE_SHA256, corpus.vocab_size, corpus.seq_len, corpus.eval_tokens, stamps)
+    manifest = {"files": {}} | read_manifest(corpus.directory) | {"corpus": settings}
+    if manifest.setdefault("made_from", made_from) != made_from:
+        print(f"{corpus.directory} was made by another prepare.py or from other text: making it again", flush=True)
+        shards = {name: entry for name, entry in manifest["files"].items() if name.endswith(".parquet")}
+        manifest |= {"made_from": made_from, "files": shards}
+
+    have = functools.partial(ensure, corpus.directory, manifest, thorough)
+    if corpus.name == "climbmix":
+        hub, shards = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), []
+        for number in (CLIMBMIX_TRAIN_SHARDS, *range(corpus.num_shards)):
+            name = f"shard_{number:05d}.parquet"
+            url = f"{hub}/datasets/{CLIMBMIX_REPO}/resolve/{CLIMBMIX_REVISION}/{name}"
+            shards.append(have(name, functools.partial(download, url=url), resumes=True))
+        val, *train = [functools.partial(read_parquet, shard) for shard in shards]
+    else:
+        val, *train = [functools.partial(local_documents, sources, split, corpus) for split in ("val", "train")]
+    first = itertools.islice(train[0](), 100_000 if corpus.name == "climbmix" else 2**15)  # the first shard alone
+    have("tokenizer.json", lambda part: train_tokenizer(part, first, corpus.vocab_size))
+    encoding = functools.cache(lambda: Tokenizer(corpus).encoding)
+    held_out = functools.cache(lambda: set(val()))
+
+    def write_val_rows(part: Path) -> None:
+        documents = ((ids, 1) for ids in encode_documents(val(), encoding()))
+        rows = itertools.islice(pack_rows(documents, corpus.seq_len + 1), corpus.eval_tokens // corpus.seq_len)
+        if not (rows := [row for row, _ in rows]):
+            raise SystemExit(f"the text held out for validation does not fill {corpus.seq_len} tokens. {TOO_SMALL}")
+        part.write_bytes(np.stack(rows).tobytes())
+
+    def write_tokens(part: Path, documents: Callable[[], Iterator[str]]) -> None:
+        with part.open("wb") as file:
+            kept = (text for text in documents() if text not in held_out())  # no document stands in both splits
+            file.writelines(ids.tobytes() for ids in encode_documents(kept, encoding()))
+
+    have("val_rows.bin", write_val_rows)
+    for number, documents in enumerate(train):
+        have(f"train_{number:05d}.tokens", functools.partial(write_tokens, documents=documents))
+
+
+def encode_documents(documents: Iterator[str], encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
+    """Yield each document, BOS first, as uint16 ids, (tokens,), on all cores."""
+    bos = encoding.encode_single_token(BOS)
+    while batch := list(itertools.islice(documents, 1024)):
+        for ids in encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1):
+            yield np.array([bos, *ids], dtype=np.uint16)
+
+
+@contextlib.contextmanager
+def explained_disk_errors(directory: Path) -> Iterator[None]:
+    """Turn a full disk or a folder that can't be written into SystemExit with what to do."""
+    try:
+        yield
+    except OSError as error:
+        there = next(folder for folder in (directory, *directory.parents) if folder.is_dir())
+        free = f"{shutil.disk_usage(there).free / 1e9:.1f} GB free"
+        advice = "Free some space, or set AUTORESEARCH_CACHE to a folder that can be written. Finished files are kept"
+        raise SystemExit(f"can't write to {directory}: {error} ({free}). {advice}") from None
+
+
+def harness_fingerprint(corpus: Corpus) -> str:
+    """12 hex digits over this file, corpus, tokenizer and validation rows: val_bpb compare only where it is equal."""
+    files = read_manifest(corpus.directory)["files"]
+    settings = (corpus.name, corpus.vocab_size, corpus.seq_len, corpus.num_shards)
+    return digest(SOURCE_SHA256, settings, files["tokenizer.json"]["sha256"], files["val_rows.bin"]["sha256"])[:12]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dataloader
+
+
+def pack_rows(documents: Iterable[tuple[np.ndarray, int]], length: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Pack (ids, epoch) into rows, uint16 (length,), without padding; yield them with the epoch.
+
+    Best fit: of the next 1000 documents the longest that fits the room left, the earliest among equals; where none
+    fits, the shortest is cropped to fill the row. Every document begins with BOS, so every row does.
+    """
+    documents, order, epoch = iter(documents), itertools.count(), 1
+    buffer: list[tuple[int, int, np.ndarray]] = []  # sorted by length, then by order of arrival
+    while True:
+        row, room = np.empty(length, dtype=np.uint16), length
+        while room:
+            while len(buffer) < 1000 and (item := next(documents, None)):
+                ids, epoch = item
+                insort(buffer, (len(ids), next(order), ids))
+            if not buffer:
+                return
+            fits = bisect_left(buffer, (room + 1,))
+            best = bisect_left(buffer, (buffer[fits - 1][0],)) if fits else 0
+            size, _, ids = buffer.pop(best)
+            size = min(size, room)
+            row[length - room :][:size] = ids[:size]
+            room -= size
+        yield row, epoch
+
+
+def train_documents(corpus: Corpus, seed: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (ids, epoch) for ever, slices of the memory-mapped tokens: shards shuffled, documents shuffled in each."""
+    names = sorted(name for name in read_manifest(corpus.directory)["files"] if name.endswith(".tokens"))
+    for epoch in itertools.count(1):
+        rng = np.random.default_rng([seed, epoch])
+        for name in rng.permutation(names[: corpus.num_shards]):
+            tokens = np.asarray(np.memmap(corpus.directory / name, dtype=np.uint16, mode="r"))
+            starts = np.append(np.flatnonzero(tokens == Tokenizer(corpus).get_bos_token_id()), len(tokens))
+            for i in rng.permutation(len(starts) - 1):
+                yield tokens[starts[i] : starts[i + 1]], epoch
+
+
+def read_val_rows(corpus: Corpus) -> np.ndarray:
+    """The rows that every run is judged by: uint16, (rows, seq_len + 1). Raises SystemExit if they were changed."""
+    return np.frombuffer(verified(corpus, "val_rows.bin"), dtype=np.uint16).reshape(-1, corpus.seq_len + 1)
+
+
+def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, seed: int = SEED) -> Iterator[tuple]:
+    """Yield (x, y, epoch) for ever: inputs and targets, int64 (B, T), on the device, made ready by a background thread.
+
+    `split` is train, or val for the fixed rows over and over. The rows depend on corpus, T and seed, not on B.
+    """
+    device, corpus = get_device(), tokenizer.corpus
+    if split == "train":
+        rows = pack_rows(train_documents(corpus, seed), T + 1)
+    elif split == "val" and corpus.seq_len >= T:
+        rows = ((row[: T + 1], epoch) for epoch in itertools.count(1) for row in read_val_rows(corpus))
+    else:
+        raise ValueError(f"split={split!r}, T={T}: split must be train or val, and T for val at most {corpus.seq_len}")
+
+    def next_batch() -> tuple[torch.Tensor, int]:
+        picked, epochs = zip(*itertools.islice(rows, B), strict=True)
+        batch = torch.from_numpy(np.stack(picked).astype(np.int64))
+        return batch.pin_memory() if device.type == "cuda" else batch, epochs[-1]
+
+    worker = ThreadPoolExecutor(1, "dataloader")
+    ready = deque(worker.submit(next_batch) for _ in range(4))
+    try:
+        while True:
+            batch, epoch = ready.popleft().result()
+            ready.append(worker.submit(next_batch))
+            batch = batch.to(device, non_blocking=True)
+            yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), epoch
+    finally:
+        worker.shutdown(wait=False, cancel_futures=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluator
+
+PROBE_TOLERANCE = 1e-2  # a causal model's logits move by less, if at all, when later tokens or other rows change
+
+
+@torch.no_grad()
+def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
+    """Bits per byte of the model on the validation rows; unlike the loss it is the same thing for every vocabulary.
+
+    `model(x)` gets ids, int64 (B, T), never targets, and returns logits, (B, T, vocab). The cross-entropy is computed
+    here, in float32, and summed in float64; tokens of no bytes (specials) count neither as bits nor as bytes. A batch
+    that does not fit memory is halved. Raises ValueError for logits that can't be those of a language model.
+    """
+    corpus, tokenizer = tokenizer.corpus, Tokenizer(tokenizer.corpus)  # the one on disk, whatever was handed in
+    device = next((p.device for p in model.parameters()), get_device())
+    rows, token_bytes = torch.from_numpy(read_val_rows(corpus).astype(np.int64)), tokenizer.token_bytes().to(device)
+    training, nats, size, done = model.training, 0.0, 0, 0
+    model.eval()
+    while done < len(rows):
+        try:
+            batch = rows[done : done + batch_size].to(device)
+            real = len(batch)
+            batch = F.pad(batch, (0, 0, 0, batch_size - real))  # one shape: nothing is compiled twice
+            x, y = batch[:, :-1].contiguous(), batch[:real, 1:].contiguous()
+            logits = checked_logits(model(x), x, tokenizer.get_vocab_size(), done)
+            if done < 4 * batch_size:
+                probe(model, x, logits)
+            sizes = token_bytes[y]
+            losses = F.cross_entropy(logits[:real][sizes > 0].float(), y[sizes > 0], reduction="none")
+            nats += losses.sum(dtype=torch.float64).item()
+            size += sizes.sum().item()
+            done += real
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size = (batch_size + 1) // 2
+    model.train(training)
+    return nats / math.log(2) / size
+
+
+def checked_logits(logits: object, x: torch.Tensor, vocab_size: int, first_row: int) -> torch.Tensor:
+    """Return the logits. Raises ValueError if they are not finite floats of shape (B, T, vocab)."""
+    shape = getattr(logits, "shape", None)
+    if shape != (*x.shape, vocab_size) or not logits.is_floating_point():
+        seen = f"{logits.dtype} {tuple(shape)}" if shape is not None else type(logits).__name__
+        raise ValueError(f"model(x) must return floating-point logits {(*x.shape, vocab_size)}; it returned {seen}")
+    if not logits.sum().isfinite() and not (finite := logits.isfinite()).all():
+        row, position, token = (~finite).nonzero()[0].tolist()
+        where = f"validation row {first_row + row}, position {position}, token {token}"
+        raise ValueError(f"a logit is not finite: {logits[row, position, token].item()} at {where}")
+    return logits
+
+
+def probe(model: torch.nn.Module, x: torch.Tensor, logits: torch.Tensor) -> None:
+    """Raise ValueError if a row's logits up to a random position depend on what comes after it or stands beside it."""
+    row, last = random.SystemRandom().randrange(len(x)), random.SystemRandom().randrange(x.shape[1] - 1)
+    changed = x ^ 1  # every token but those that the logits in question may depend on
+    changed[row, : last + 1] = x[row, : last + 1]
+    moved = (model(changed)[row, : last + 1].float() - logits[row, : last + 1].float()).abs().amax(-1)
+    if not moved.max() <= PROBE_TOLERANCE:
+        where = f"the logits of row {row}, position {moved.argmax().item()} move by {moved.max().item():.3g}"
+        what = f"when only tokens after position {last} and other rows change: the model sees what it has to predict"
+        raise ValueError(f"{where} {what}. Mend mask, window or shift")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clock and run
+
+
+def now() -> float:
+    """Seconds on the clock, when the GPU, if there is one, has finished its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def status_line(status: Callable[[], str]) -> Iterator[None]:
+    """Show what `status` returns while the block runs: live on a terminal, elsewhere a line every ten seconds."""
+    live, done = sys.stdout.isatty(), threading.Event()
+
+    def show() -> None:
+        while not done.wait(0.2 if live else 10.0):
+            line = status()[: shutil.get_terminal_size().columns - 1]
+            print(f"\r\033[K{line}" if live else f"{line}\n", end="", flush=True)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        print("\r\033[K" if live else "", end="", flush=True)
+
+
+@dataclass
+class Run:
+    """What train.py gets. What changes the final weights happens between start() and stop(); finish() comes last."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    device: torch.device
+    seed: int
+    status: str = "starting"
+    summary: dict[str, str] | None = None
+    began = seconds = 0.0
+
+    def start(self) -> None:
+        """Begin the five minutes, once the device has finished what it was given before."""
+        self.began = now()
+
+    def progress(self) -> float:
+        """Part of the five minutes that is used, 0 to 1, without waiting for the device."""
+        return min((time.perf_counter() - self.began) / TIME_BUDGET, 1.0)
+
+    def stop(self) -> None:
+        """End the five minutes, once the device has finished."""
+        self.seconds = now() - self.began
+
+    def finish(self, val_bpb: float, steps: int, tokens: int, params: int, depth: int, mfu_percent: float) -> None:
+        """Complete the summary. Its nine lines are an interface: other scripts grep them."""
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes on macOS, KiB on Linux
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        peak = torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else resident
+        self.summary = {
+            "val_bpb": f"{val_bpb:.6f}",
+            "training_seconds": f"{self.seconds:.1f}",
+            "total_seconds": f"{time.perf_counter() - STARTED:.1f}",
+            "peak_vram_mb": f"{peak:.1f}",
+            "mfu_percent": f"{mfu_percent:.2f}",
+            "total_tokens_M": f"{tokens / 1e6:.1f}",
+            "num_steps": f"{steps}",
+            "num_params_M": f"{params / 1e6:.1f}",
+            "depth": f"{depth}",
+        }
+
+
+@contextlib.contextmanager
+def training_run(description: str | None) -> Iterator[Run]:
+    """Parse the command line, lock the device, prepare the corpus, grant ten minutes, and record how the run ended."""
+    global STARTED
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_corpus_arguments(parser)
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of weights and data order (default {SEED})")
+    arguments = parser.parse_args()
+    device = get_device()
+    unit = str(torch.cuda.get_device_properties(0).uuid) if device.type == "cuda" else "cpu"
+    busy = "two runs at once can't be compared; wait for it"
+    with explained_disk_errors(cache_root()):
+        cache_root().mkdir(parents=True, exist_ok=True)
+        (cache_root() / "runs.jsonl").touch()
+    with locked(cache_root() / f"device-{unit}.lock", busy, wait=False):
+        cuda, cpu = device.type == "cuda", f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+        name = torch.cuda.get_device_name() if cuda else cpu
+        print(f"device: {name}{'' if cuda else ', for there is no CUDA device'}", flush=True)
+        corpus, why = choose_corpus(arguments.corpus, arguments.shards)
+        if corpus.name == "climbmix" and not cuda:
+            raise SystemExit("climbmix needs a GPU: a CPU would take hours to evaluate on it. Use --corpus python")
+        print(f"corpus: {corpus.folder or corpus.name} ({why})", flush=True)
+        begin = time.perf_counter()
+        prepare(corpus)
+        STARTED += time.perf_counter() - begin  # preparing is not part of the run
+        faulthandler.dump_traceback_later(RUN_LIMIT - (time.perf_counter() - STARTED), exit=True)
+        random.seed(arguments.seed)
+        np.random.seed(arguments.seed)
+        torch.manual_seed(arguments.seed)
+        source = (ROOT / "train.py").read_text()
+        committed = git("show", "HEAD:train.py") == source.strip()
+        record = {"id": f"{time.time_ns()}-{os.getpid()}", "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        record |= {"repository": str(ROOT), "commit": git("rev-parse", "HEAD"), "train_committed": committed}
+        record |= {"train_sha256": hashlib.sha256(source.encode()).hexdigest(), "train_source": source}
+        record |= {"harness": harness_fingerprint(corpus), "seed": arguments.seed, "device": name, "status": "crash"}
+        run = Run(corpus, Tokenizer(corpus), device, arguments.seed)
+        try:
+            with status_line(lambda: run.status):
+                yield run
+            record |= {name: float(value) for name, value in run.summary.items()} | {"status": "finished"}
+        except BaseException as error:
+            record["traceback"] = "".join(traceback.format_exception(error)).splitlines()[-20:]
+            raise
+        finally:
+            append_line("runs.jsonl", record)
+            faulthandler.cancel_dump_traceback_later()
+        summary = run.summary | {"harness": record["harness"], "seed": run.seed}
+        print("---", *(f"{name + ':':<18}{value}" for name, value in summary.items()), sep="\n")
+
+
+def git(*arguments: str) -> str:
+    """Output of a git command in this repository, empty if it fails."""
+    result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def append_line(name: str, record: dict) -> None:
+    """Append one line of JSON, whole, to a file in the cache folder, and flush it to disk."""
+    with (cache_root() / name).open("ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write((json.dumps(record) + "\n").encode())
+        os.fsync(file.fileno())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ledger
+
+
+def read_lines(name: str) -> list[dict]:
+    """Read the JSON lines of a file in the cache folder that concern this repository."""
+    lines = (cache_root() / name).read_text().splitlines() if (cache_root() / name).exists() else []
+    return [line for line in map(json.loads, lines) if line["repository"] == str(ROOT)]
+
+
+def log(status: str, description: str) -> None:
+    """Append the last run to results.tsv and commit that file alone. Raises SystemExit with what to do if it can't."""
+    runs, description = read_lines("runs.jsonl"), " ".join(description.split())
+    if not runs or runs[-1]["id"] in (row["id"] for row in read_lines("ledger.jsonl")):
+        raise SystemExit("nothing to log: every run of this repository is logged. The next one: `uv run train.py`")
+    run, head = runs[-1], git("rev-parse", "HEAD")
+    if status == "keep" and not (run["status"] == "finished" and run["train_committed"] and run["commit"] == head):
+        raise SystemExit("the last run did not finish, or was not of HEAD as committed: only then it can be kept")
+    figures = [run.get("val_bpb", 0.0), run.get("peak_vram_mb", 0.0) / 1024]
+    row = f"{run['commit'][:7]}\t{figures[0]:.6f}\t{figures[1]:.1f}\t{status}\t{description}"
+    ledger, part = ROOT / "results.tsv", ROOT / ".results.tsv.part"
+    part.write_text(ledger.read_text().rstrip("\n") + f"\n{row}\n")
+    put_in_place(part, ledger)
+    append_line("ledger.jsonl", {"id": run["id"], "repository": str(ROOT), "row": row})
+    commit = ["git", "-C", str(ROOT), "commit", "-q", "-m", f"log {status}: {description}", "--", "results.tsv"]
+    print(row, flush=True)
+    raise SystemExit(subprocess.run(commit).returncode)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --corpus and --shards."""
+    names = (
+        "climbmix, python or a folder of text (default: $AUTORESEARCH_CORPUS, else climbmix with CUDA, python without)"
+    )
+    parser.add_argument("--corpus", metavar="NAME", help=names)
+    parser.add_argument("--shards", metavar="N", type=int, help="training shards of climbmix to download (default 10)")
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_corpus_arguments(parser)
+    commands = parser.add_subparsers(dest="command", metavar="check | log")
+    add_corpus_arguments(commands.add_parser("check", help="verify everything on disk, print the harness fingerprint"))
+    logging = commands.add_parser("log", help="write the last run into results.tsv and commit that file")
+    logging.add_argument("status", choices=["keep", "discard", "crash"])
+    logging.add_argument("description", help="what was tried, in one line")
+    arguments = parser.parse_args()
+    if arguments.command == "log":
+        return log(arguments.status, arguments.description)
+    corpus, why = choose_corpus(arguments.corpus, arguments.shards)
+    print(f"corpus: {corpus.folder or corpus.name} ({why})", flush=True)
+    if arguments.command == "check":
+        entries = read_manifest(corpus.directory)["files"] or {MANIFEST: None}
+        problems = {name: damage(corpus.directory / name, entry, thorough=True) for name, entry in entries.items()}
+        if any(problems.values()):
+            lines = [f"{corpus.directory / name} is {problem}" for name, problem in problems.items() if problem]
+            raise SystemExit("\n".join([*lines, "`uv run prepare.py` mends it"]))
+    else:
+        prepare(corpus, thorough=True)
+    size = sum(entry["size"] for entry in read_manifest(corpus.directory)["files"].values())
+    print(f"ready: {size / 1e6:.1f} MB in {corpus.directory}\nharness: {harness_fingerprint(corpus)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""One small real corpus, prepared once for all tests in a cache folder of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import networkx
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import prepare  # noqa: E402  found through the line above
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The cache folder of this test session, instead of the user's."""
+    os.environ["AUTORESEARCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ.pop("AUTORESEARCH_CORPUS", None)
+    return prepare.cache_root()
+
+
+@pytest.fixture(scope="session")
+def folder():
+    """6 MB of real text: the source of an installed package."""
+    return Path(networkx.__file__).parent
+
+
+@pytest.fixture(scope="session")
+def corpus(cache, folder):
+    corpus, _ = prepare.choose_corpus(str(folder))
+    prepare.prepare(corpus)
+    return corpus
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus):
+    return prepare.Tokenizer(corpus)
+
+
+@pytest.fixture
+def command():
+    """Run a command as a user would and return its result, output and errors together."""
+
+    def run(*arguments, cwd=ROOT, timeout=300, **environment):
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **{name: str(value) for name, value in environment.items()}},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run

@@ -1,0 +1,366 @@
+"""Model and optimizer of train.py, each against something independent."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import prepare
+import train
+
+CPU = torch.device("cpu")
+
+
+def small_model(vocab_size=256, length=64, depth=4, backend="matmul", dtype=torch.float32):
+    torch.manual_seed(0)
+    config = train.Config(vocab_size, length, depth, head_dim=32, aspect_ratio=16, window_pattern="SSSL")
+    return train.GPT(config, train.Attention(backend, length, set(config.windows), CPU), dtype)
+
+
+def random_ids(model, rows=3):
+    return torch.randint(model.config.vocab_size, (rows, model.config.seq_len))
+
+
+# attention
+
+
+def attention_by_hand(q, k, v, window):
+    """Softmax attention in float64, one query at a time. q, k, v: (B, T, H, D)."""
+    q, k, v = (x.double() for x in (q, k, v))
+    result = torch.zeros_like(q)
+    for t in range(q.shape[1]):
+        first = max(0, t - window)
+        scores = torch.einsum("bhd,bshd->bhs", q[:, t], k[:, first : t + 1]) / math.sqrt(q.shape[-1])
+        result[:, t] = torch.einsum("bhs,bshd->bhd", scores.softmax(-1), v[:, first : t + 1])
+    return result
+
+
+def check_backend(backend, device, dtype, tolerance, windows, length, head_dim, gradients):
+    torch.manual_seed(0)
+    attention = train.Attention(backend, length, set(windows), device)
+    for window in windows:
+        inputs = [torch.randn(2, length, 2, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+        seen, expected = attention(*inputs, window), attention_by_hand(*inputs, window)
+        assert (seen.double() - expected).norm() <= tolerance * expected.norm()
+        if gradients:
+            direction = torch.randn_like(expected)
+            ours = torch.autograd.grad(seen, inputs, direction.to(dtype))
+            theirs = torch.autograd.grad(expected, inputs, direction)
+            for a, b in zip(ours, theirs, strict=True):
+                assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
+
+
+@pytest.mark.parametrize("length", [64, 75])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("backend", ["matmul", "sdpa", "flex"])
+def test_every_backend_honours_the_window(backend, head_dim, length):
+    windows = [0, 1, 7, length // 2, length]
+    # PyTorch has no backward pass of FlexAttention for CPUs
+    check_backend(backend, CPU, torch.float32, 1e-5, windows, length, head_dim, gradients=backend != "flex")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("backend", ["flash3", "flex", "sdpa", "matmul"])
+def test_every_backend_honours_the_window_on_a_gpu(backend, head_dim):
+    device = torch.device("cuda")
+    if backend == "flash3" and train.choose_attention(device)[0] != "flash3":
+        pytest.skip(train.choose_attention(device)[1])
+    check_backend(backend, device, torch.bfloat16, 1e-2, [1, 64, 256, 512], 512, head_dim, gradients=True)
+
+
+def test_a_window_hides_what_lies_before_it():
+    q, k, v = (torch.randn(1, 32, 1, 16) for _ in range(3))
+    attention = train.Attention("matmul", 32, {5}, CPU)
+    before = attention(q, k, v, 5)
+    k[:, 10], v[:, 10] = 100.0, 100.0
+    changed = (attention(q, k, v, 5) != before).any(-1)[0, :, 0]
+    assert changed.nonzero().flatten().tolist() == [10, 11, 12, 13, 14, 15]
+
+
+# model
+
+
+def test_the_reference_size_is_the_published_one():
+    config = train.Config(8192, 2048, depth=8, head_dim=128, aspect_ratio=64, window_pattern="SSSL")
+    assert config.width == 512
+    assert config.windows == [1024, 1024, 1024, 2048, 1024, 1024, 1024, 2048]
+    with torch.device("meta"):
+        model = train.GPT(config, None, torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(50.3e6, rel=0.001)
+
+
+def test_the_width_is_rounded_up_to_whole_heads():
+    assert train.Config(8192, 2048, depth=9, head_dim=128, aspect_ratio=57, window_pattern="L").width == 640
+
+
+def test_the_last_block_sees_the_whole_context():
+    assert train.Config(8192, 2048, depth=5, head_dim=128, aspect_ratio=64, window_pattern="S").windows == [
+        1024
+    ] * 4 + [2048]
+
+
+def test_an_untrained_model_guesses_uniformly():
+    model = small_model()
+    ids = random_ids(model)
+    assert model(ids, ids).item() == pytest.approx(math.log(256), rel=1e-3)
+
+
+def test_logits_stay_within_the_soft_cap_and_are_float32():
+    model = small_model(dtype=torch.bfloat16)
+    torch.nn.init.normal_(model.head.weight, std=100.0)
+    logits = model(random_ids(model))
+    assert logits.dtype == torch.float32
+    assert logits.abs().max() <= 15
+
+
+def shake(model):
+    """Give every weight that starts at zero a value, so that all parts of the model take part."""
+    for p in model.parameters():
+        with torch.no_grad():
+            p.add_(0.1 * torch.randn_like(p))
+
+
+def test_later_tokens_do_not_change_earlier_logits_and_earlier_ones_change_later():
+    model = small_model()
+    shake(model)
+    ids = random_ids(model, rows=1)
+    changed = ids.clone()
+    changed[0, 20] = (ids[0, 20] + 1) % 256
+    moved = (model(ids) - model(changed)).abs().amax(-1)[0] > 1e-6
+    assert not moved[:20].any()
+    assert moved[20:].all()
+
+
+def test_every_parameter_gets_a_gradient():
+    model = small_model()
+    shake(model)
+    ids = random_ids(model)
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_rotary_positions_make_scores_depend_on_distance_alone():
+    model = small_model()
+    cos, sin = model.cos, model.sin
+    q, k = torch.randn(32).expand(1, 64, 1, 32), torch.randn(32).expand(1, 64, 1, 32)
+    q, k = train.rotate(q, cos, sin)[0, :, 0], train.rotate(k, cos, sin)[0, :, 0]
+    scores = q @ k.T
+    for distance in (0, 1, 17):
+        assert scores.diagonal(-distance).std() < 1e-4
+    assert torch.allclose(q.norm(dim=-1), q[0].norm().expand(64), rtol=1e-5)
+
+
+# optimizer
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 128, 32), (3, 32, 128), (2, 4, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_gives_what_an_svd_gives(shape, dtype):
+    torch.manual_seed(0)
+    g = torch.randn(shape)
+    u, _, vt = torch.linalg.svd(g.double(), full_matrices=False)
+    seen = train.orthogonalize(g, dtype).double()
+    singular = torch.linalg.svdvals(seen)
+    assert singular.min() > 0.7
+    assert singular.max() < 1.3
+    # the same singular vectors: projected on the exact answer hardly anything is lost
+    assert ((seen * (u @ vt)).sum((-2, -1)) / (seen.norm(dim=(-2, -1)) * (u @ vt).norm(dim=(-2, -1)))).min() > 0.98
+
+
+def muon_by_hand(p, gradients, lr, momentum, decay, beta2):
+    """Muon, NorMuon and cautious decay for one matrix, in float64, neuron by neuron, with an exact SVD."""
+    p = p.copy()
+    velocity, variance = np.zeros_like(p), None
+    tall = p.shape[0] >= p.shape[1]
+    for g in gradients:
+        velocity = momentum * velocity + (1 - momentum) * g
+        u, _, vt = np.linalg.svd((1 - momentum) * g + momentum * velocity, full_matrices=False)
+        step = u @ vt
+        neurons = step if tall else step.T
+        mean_square = np.array([np.mean(neuron**2) for neuron in neurons])
+        variance = (1 - beta2) * mean_square if variance is None else beta2 * variance + (1 - beta2) * mean_square
+        even = np.stack([neuron / np.sqrt(v) for neuron, v in zip(neurons, variance, strict=True)])
+        even = even if tall else even.T
+        step = even * np.linalg.norm(step) / np.linalg.norm(even)
+        p -= lr * step + lr * decay * np.where(step * p >= 0, p, 0.0)
+    return p
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
+def test_muon_is_what_its_papers_say(shape, monkeypatch):
+    def exact(g, dtype):
+        u, _, vt = torch.linalg.svd(g, full_matrices=False)
+        return u @ vt
+
+    monkeypatch.setattr(train, "orthogonalize", exact)
+    rng = np.random.default_rng(0)
+    matrices, gradients = rng.normal(size=(2, *shape)), rng.normal(size=(5, 2, *shape))
+    stack, zeros = torch.from_numpy(matrices.copy()), torch.zeros(2, *shape, dtype=torch.float64)
+    variance = torch.zeros((2, shape[0], 1) if shape[0] >= shape[1] else (2, 1, shape[1]), dtype=torch.float64)
+    for g in gradients:
+        train.muon_update(stack, torch.from_numpy(g), zeros, variance, 0.02, 0.9, 0.1, 0.95, torch.float64)
+    for i in range(2):
+        expected = muon_by_hand(matrices[i], gradients[:, i], 0.02, 0.9, 0.1, 0.95)
+        np.testing.assert_allclose(stack[i].numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_adamw_is_that_of_pytorch():
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(40, 8), torch.nn.Parameter(torch.empty(40, 8))
+    theirs.data.copy_(ours)
+    reference = torch.optim.AdamW([theirs], lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
+    mean, square = torch.zeros_like(ours), torch.zeros_like(ours)
+    for step in range(1, 30):
+        g = torch.randn(40, 8)
+        theirs.grad = g.clone()
+        reference.step()
+        train.adamw_update(ours, g, mean, square, step, 0.01, 0.8, 0.95, 1e-10, 0.1)
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_have_the_rates_of_the_recipe():
+    model = small_model()
+    groups = train.build_optimizer(model, compiled=False).param_groups
+    assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in model.parameters())
+    rate = {id(p): group for group in groups for p in group["params"]}
+    scale = (64 / 768) ** -0.5
+    assert rate[id(model.embedding.weight)]["lr"] == pytest.approx(0.6 * scale)
+    assert rate[id(model.value_embeddings["3"].weight)]["lr"] == pytest.approx(0.6 * scale)
+    assert rate[id(model.head.weight)]["lr"] == pytest.approx(0.004 * scale)
+    assert rate[id(model.residual_scales)]["lr"] == pytest.approx(0.005)
+    assert rate[id(model.first_scales)]["lr"] == pytest.approx(0.5)
+    assert {rate[id(p)]["kind"] for p in model.blocks.parameters()} == {"muon"}
+
+
+def test_the_schedule_is_constant_then_falls_linearly_to_zero():
+    assert [train.lr_factor(p) for p in (0.0, 0.3, 0.5, 0.75, 1.0)] == [1.0, 1.0, 1.0, 0.5, 0.0]
+    optimizer = train.build_optimizer(small_model(), compiled=False)
+    train.set_schedule(optimizer, 0.75, 150)
+    muon = next(group for group in optimizer.param_groups if group["kind"] == "muon")
+    assert muon["momentum"] == pytest.approx(0.9)
+    assert muon["weight_decay"] == pytest.approx(0.05)
+    assert muon["lr"] == pytest.approx(0.02)
+
+
+# training
+
+
+def batches_of(tokenizer, length, steps, rows=16):
+    loader = prepare.make_dataloader(tokenizer, rows, length, "train")
+    taken = [next(loader)[:2] for _ in range(steps)]
+    loader.close()
+    return taken
+
+
+def train_small(tokenizer, without=None, steps=60):
+    """Loss on the last ten of `steps` batches of real text; `without` names the kind of group that is left untrained."""
+    model = small_model(tokenizer.get_vocab_size(), length=128, depth=2)
+    optimizer = train.build_optimizer(model, compiled=False)
+    losses = []
+    for step, batch in enumerate(batches_of(tokenizer, 128, steps)):
+        train.set_schedule(optimizer, step / steps, step)
+        for group in optimizer.param_groups:
+            group["lr"] *= group["kind"] != without
+        losses.append(train.train_step(model, optimizer, [batch]).item())
+    return sum(losses[-10:]) / 10
+
+
+def unigram_entropy(tokenizer):
+    """Loss of a model that knows how often each token comes and nothing else, on the same text."""
+    counts = torch.bincount(torch.cat([y.flatten() for _, y in batches_of(tokenizer, 128, 60)]))
+    p = counts[counts > 0] / counts.sum()
+    return -(p * p.log()).sum().item()
+
+
+def test_a_tiny_model_learns_what_a_broken_optimizer_would_not(tokenizer):
+    learned = train_small(tokenizer)
+    assert learned < unigram_entropy(tokenizer) - 1.0
+    assert train_small(tokenizer, without="muon") > learned + 0.1
+    assert train_small(tokenizer, without="adamw") > learned + 0.5
+
+
+def test_two_half_batches_are_one_step_of_the_whole(tokenizer):
+    ((x, y),) = batches_of(tokenizer, 64, 1)
+    weights = []
+    for batches in ([(x, y)], [(x[:8], y[:8]), (x[8:], y[8:])]):
+        model = small_model(tokenizer.get_vocab_size())
+        optimizer = train.build_optimizer(model, compiled=False)
+        loss = train.train_step(model, optimizer, batches)
+        weights.append(model.head.weight)
+        assert loss.item() == pytest.approx(math.log(tokenizer.get_vocab_size()), rel=1e-3)
+    assert torch.allclose(*weights, atol=1e-4)
+
+
+def test_warm_up_leaves_no_trace(tokenizer):
+    model = small_model(tokenizer.get_vocab_size())
+    shake(model)
+    optimizer = train.build_optimizer(model, compiled=False)
+    (batch,) = batches_of(tokenizer, 64, 1)
+    train.train_step(model, optimizer, [batch])
+    tensors = [*model.parameters(), *model.buffers(), *optimizer.tensors()]
+    before = [tensor.clone() for tensor in tensors]
+    random_state, seen = torch.get_rng_state(), []
+
+    def step():
+        torch.rand(3)
+        seen.append(train.train_step(model, optimizer, [batch]).item())
+
+    train.warm_up(model, optimizer, step)
+    assert seen[0] != seen[1]  # it did train
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "message"),
+    [
+        ("DEVICE_BATCH_SIZE", 7, "TOTAL_BATCH_SIZE .* must be a multiple of DEVICE_BATCH_SIZE 7"),
+        ("WINDOW_PATTERN", "SXL", "WINDOW_PATTERN"),
+        ("HEAD_DIM", 33, "HEAD_DIM 33 must be even"),
+    ],
+)
+def test_settings_that_can_not_work_are_named(monkeypatch, knob, value, message):
+    monkeypatch.setattr(train, knob, value)
+    with pytest.raises(SystemExit, match=message):
+        train.check_knobs(512)
+
+
+def test_flops_are_those_that_pytorch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = small_model(length=64, depth=2)
+    ids = random_ids(model, rows=2)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, ids).backward()
+    # PyTorch counts the whole square of attention scores; a causal window needs less
+    config = model.config
+    square = 12 * config.width * config.seq_len * config.depth
+    seen = [sum(min(t, w) + 1 for t in range(64)) / 64 for w in config.windows]
+    expected = counter.get_total_flops() / ids.numel() - square + 12 * config.width * sum(seen)
+    assert model.flops_per_token() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.gpu
+def test_a_compiled_model_learns_on_a_gpu(tokenizer):
+    device = torch.device("cuda")
+    config = train.Config(tokenizer.get_vocab_size(), 256, depth=2, head_dim=64, aspect_ratio=64, window_pattern="SL")
+    backend, _ = train.choose_attention(device)
+    model = train.GPT(config, train.Attention(backend, 256, set(config.windows), device), torch.bfloat16).to(device)
+    optimizer, forward = train.build_optimizer(model, compiled=True), torch.compile(model, dynamic=False)
+    losses = []
+    for step, batch in enumerate(batches_of(tokenizer, 256, 40)):
+        train.set_schedule(optimizer, step / 40, step)
+        losses.append(train.train_step(forward, optimizer, [batch]).item())
+    assert losses[-1] < losses[0] - 2.0
+
+
+def test_cross_entropy_of_the_model_is_that_of_its_logits():
+    model = small_model()
+    shake(model)
+    ids = random_ids(model)
+    expected = F.cross_entropy(model(ids).double().flatten(0, 1), ids.flatten())
+    assert model(ids, ids).item() == pytest.approx(expected.item(), rel=1e-5)

@@ -1,0 +1,532 @@
+"""Train a GPT for five minutes and print its val_bpb. The agent's file: everything in it may change.
+
+    uv run train.py                        # the corpus that this machine prefers, seed 42
+    uv run train.py --corpus FOLDER        # your own text
+    uv run train.py --help
+
+Sections: knobs, attention, model, optimizer, schedules, training loop.
+"""
+
+import gc
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from prepare import Run, evaluate_bpb, get_device, make_dataloader, training_run
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Knobs
+
+# model
+DEPTH = 8  # blocks
+ASPECT_RATIO = 64  # width per block; the width is DEPTH * ASPECT_RATIO rounded up to whole heads
+HEAD_DIM = 128  # width of an attention head
+WINDOW_PATTERN = "SSSL"  # repeated over the blocks: S sees half of the context, L all of it; the last block is L
+SOFT_CAP = 15.0  # logits are squeezed into ±SOFT_CAP
+
+# batch
+TOTAL_BATCH_SIZE = 2**19  # tokens a step
+DEVICE_BATCH_SIZE = 128  # rows a micro-batch; halved by itself if it does not fit memory
+
+# optimizer: AdamW for embeddings, head and scalars, Muon for the matrices of the blocks
+EMBEDDING_LR = 0.6  # at width 768; scaled by (width / 768)^-½
+HEAD_LR = 0.004  # likewise
+SCALAR_LR = 0.5  # of the first embedding's scalars; the residual ones get a hundredth
+ADAM_BETAS = (0.8, 0.95)
+ADAM_EPS = 1e-10
+MATRIX_LR = 0.04  # times √(rows/cols) for a tall matrix
+MUON_MOMENTUM = (0.85, 0.95, 300)  # from, to, over so many steps
+MUON_BETA2 = 0.95  # of the variance that NorMuon evens out
+WEIGHT_DECAY = 0.2  # of the matrices, falls linearly to 0
+
+# schedule, as parts of the budget
+WARMUP = 0.0
+WARMDOWN = 0.5
+FINAL_LR = 0.0  # at the end, as a part of the full rate
+
+# A machine without CUDA gets through a thousandth of the tokens, so it gets a smaller model and batch.
+if get_device().type == "cpu":
+    DEPTH = 4
+    TOTAL_BATCH_SIZE = 2**14
+    DEVICE_BATCH_SIZE = 8
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention: softmax(q·k / √d) v over each position and the `window` positions before it, by the fastest way there is
+
+FLASH_KERNEL = ("kernels-community/flash-attn3", 1)  # repository and version on the kernel hub
+
+
+def choose_attention(device: torch.device) -> tuple[str, str]:
+    """Return the backend, flash3, flex, sdpa or matmul, and why."""
+    if device.type == "cpu":
+        return "matmul", "on a CPU: compiled, it takes half the time of scaled_dot_product_attention"
+    if torch.cuda.get_device_capability() != (9, 0):
+        return "flex", "flash-attention 3 is made for Hopper GPUs alone"
+    try:
+        flash_attention()
+    except Exception as error:  # no network, no build for this PyTorch, a broken file: the run goes on without it
+        return "flex", f"flash-attention 3 did not load: {str(error).splitlines()[0][:80]}"
+    return "flash3", "its kernel loaded"
+
+
+def flash_attention():
+    """Load flash-attention 3, from the hub the first time. Raises whatever is in the way."""
+    from kernels import get_kernel
+
+    return get_kernel(FLASH_KERNEL[0], version=FLASH_KERNEL[1]).flash_attn_func
+
+
+def visible(query: torch.Tensor, key: torch.Tensor, window: int) -> torch.Tensor:
+    """True where the position `query` may see the position `key`."""
+    return (key <= query) & (key >= query - window)
+
+
+class Attention:
+    """The chosen backend, with what it needs for rows of `length` tokens. q, k, v and the result: (B, T, H, D)."""
+
+    def __init__(self, backend: str, length: int, windows: set[int], device: torch.device):
+        self.backend, positions = backend, torch.arange(length, device=device)
+        if backend == "flash3":
+            self.flash = flash_attention()
+        elif backend == "flex":
+            block_mask = partial(create_block_mask, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device)
+            self.masks = {w: block_mask(lambda b, h, q, k, w=w: visible(q, k, w)) for w in windows}
+        else:
+            self.masks = {w: visible(positions[:, None], positions, w) for w in windows}
+            self.biases = {w: torch.where(mask, 0.0, -math.inf) for w, mask in self.masks.items()}
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        if self.backend == "flash3":
+            y = self.flash(q, k, v, causal=True, window_size=(window, 0))
+            return y[0] if isinstance(y, tuple) else y
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if self.backend == "flex":
+            y = flex_attention(q, k, v, block_mask=self.masks[window])
+        elif self.backend == "sdpa":
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[window])
+        else:
+            scores = (q @ k.mT).float() * q.size(-1) ** -0.5 + self.biases[window]
+            y = scores.softmax(-1).to(v.dtype) @ v
+        return y.transpose(1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+@dataclass
+class Config:
+    """The size of a model."""
+
+    vocab_size: int
+    seq_len: int
+    depth: int
+    head_dim: int
+    aspect_ratio: int
+    window_pattern: str
+
+    @property
+    def width(self) -> int:
+        return -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim
+
+    @property
+    def windows(self) -> list[int]:
+        """How many positions before its own each block sees."""
+        sizes = {"S": self.seq_len // 2, "L": self.seq_len}
+        pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth - 1)]
+        return [sizes[letter] for letter in [*pattern, "L"]]
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm without weights."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of x (B, T, H, D); cos and sin: (T, 1, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+class Block(nn.Module):
+    """Attention and MLP. A block with value embeddings mixes them into v through a gate for each head."""
+
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        width, self.head_dim, self.window = config.width, config.head_dim, config.windows[index]
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.mlp_in = nn.Linear(width, 4 * width, bias=False)
+        self.mlp_out = nn.Linear(4 * width, width, bias=False)
+        if has_value_embedding(index, config.depth):
+            self.gate = nn.Linear(32, width // self.head_dim, bias=False)
+
+    def forward(self, x, value_embedding, rotary, attention):
+        y = norm(x)
+        q, k, v = (layer(y).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
+        if value_embedding is not None:
+            gate = 2 * torch.sigmoid(self.gate(y[..., :32]))
+            v = v + gate.unsqueeze(-1) * value_embedding.unflatten(-1, (-1, self.head_dim))
+        q, k = norm(rotate(q, *rotary)), norm(rotate(k, *rotary))
+        x = x + self.attention_out(attention(q, k, v, self.window).flatten(-2))
+        return x + self.mlp_out(F.relu(self.mlp_in(norm(x))).square())
+
+
+def has_value_embedding(index: int, depth: int) -> bool:
+    """Every other block, the last one among them."""
+    return (depth - 1 - index) % 2 == 0
+
+
+class GPT(nn.Module):
+    """Called with ids (B, T) it returns logits, float32 (B, T, vocab); with targets too, the mean cross-entropy."""
+
+    def __init__(self, config: Config, attention: Attention, dtype: torch.dtype):
+        super().__init__()
+        self.config, self.attention, self.dtype = config, attention, dtype
+        width, depth = config.width, config.depth
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.value_embeddings = nn.ModuleDict(
+            {str(i): nn.Embedding(config.vocab_size, width) for i in range(depth) if has_value_embedding(i, depth)}
+        )
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(depth))
+        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self.residual_scales = nn.Parameter(torch.ones(depth))
+        self.first_scales = nn.Parameter(torch.full((depth,), 0.1))
+        frequency = 10_000 ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+        angle = torch.outer(torch.arange(config.seq_len).float(), frequency)[:, None]
+        self.register_buffer("cos", angle.cos().to(dtype), persistent=False)
+        self.register_buffer("sin", angle.sin().to(dtype), persistent=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Output projections and gates start at zero, so that every block begins as the identity."""
+        bound = math.sqrt(3 / self.config.width)
+        nn.init.normal_(self.embedding.weight, std=1.0)
+        nn.init.normal_(self.head.weight, std=0.001)
+        for embedding in self.value_embeddings.values():
+            nn.init.uniform_(embedding.weight, -bound, bound)
+        for name, weight in self.blocks.named_parameters():
+            if name.split(".")[1] in ("attention_out", "mlp_out", "gate"):
+                nn.init.zeros_(weight)
+            else:
+                nn.init.uniform_(weight, -bound, bound)
+        for embedding in (self.embedding, *self.value_embeddings.values()):
+            embedding.to(self.dtype)
+
+    def forward(self, ids: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            rotary = self.cos[: ids.size(1)], self.sin[: ids.size(1)]
+            x = first = norm(self.embedding(ids))
+            for i, block in enumerate(self.blocks):
+                value_embedding = self.value_embeddings[str(i)](ids) if str(i) in self.value_embeddings else None
+                x = self.residual_scales[i] * x + self.first_scales[i] * first
+                x = block(x, value_embedding, rotary, self.attention)
+            logits = self.head(norm(x)).float()
+            logits = SOFT_CAP * torch.tanh(logits / SOFT_CAP)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def flops_per_token(self) -> int:
+        """Forward and backward: 6 per weight of a matrix, 12 per visible position and channel of attention."""
+        config, matrices = self.config, sum(w.numel() for w in self.blocks.parameters()) + self.head.weight.numel()
+        length = config.seq_len
+        seen = [sum(min(t, window) + 1 for t in range(length)) / length for window in config.windows]
+        return 6 * matrices + 12 * config.width * round(sum(seen))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+# Polar Express: the five polynomials of https://arxiv.org/abs/2505.16932 (Amsel et al., 2025) for a 2 % safety margin.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalize(g: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Nearest matrix with all singular values about 1, for a stack (n, rows, cols) of them."""
+    x = g.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def muon_update(p, g, momentum_buffer, variance, lr, momentum, decay, beta2, dtype):
+    """Update the stack p (n, rows, cols) in place.
+
+    Muon (https://kellerjordan.github.io/posts/muon) with Nesterov momentum, the variance of each neuron evened out
+    (NorMuon, https://arxiv.org/abs/2510.05491), and decay only where it agrees with the step (cautious weight decay,
+    https://arxiv.org/abs/2510.12402). variance: (n, rows, 1), or (n, 1, cols) for wide matrices.
+    """
+    momentum_buffer.lerp_(g, 1 - momentum)
+    step = orthogonalize(g.lerp(momentum_buffer, momentum), dtype).float()
+    size = step.norm(dim=(-2, -1), keepdim=True)
+    variance.lerp_(step.square().mean(-1 if variance.size(-1) == 1 else -2, keepdim=True), 1 - beta2)
+    step = step * variance.clamp(min=1e-10).rsqrt()
+    step = step * (size / step.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+    agree = (step * p >= 0).to(p.dtype)
+    p.sub_(lr * (step + decay * agree * p))
+
+
+def adamw_update(p, g, mean, square, step, lr, beta1, beta2, eps, decay):
+    """Update p in place as AdamW (https://arxiv.org/abs/1711.05101), in float32 whatever p's dtype is."""
+    g = g.float()
+    mean.lerp_(g, 1 - beta1)
+    square.lerp_(g.square(), 1 - beta2)
+    denominator = (square / (1 - beta2**step)).sqrt() + eps
+    p.copy_(p.float() * (1 - lr * decay) - lr / (1 - beta1**step) * mean / denominator)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Groups of kind adamw or muon; a muon group holds matrices of one shape, updated as one stack.
+
+    Rates may change at any step: they reach the compiled updates as tensors, so nothing is compiled again.
+    """
+
+    def __init__(self, groups: list[dict], compiled: bool, dtype: torch.dtype):
+        super().__init__(groups, {"lr": 0.0})
+        wrap = partial(torch.compile, dynamic=False, fullgraph=True) if compiled else (lambda function: function)
+        self.adamw, self.muon, self.dtype = wrap(adamw_update), wrap(muon_update), dtype
+        self.steps = torch.zeros(())
+        for group in self.param_groups:
+            group["initial_lr"] = group["lr"]
+            if group["kind"] == "adamw":
+                for p in group["params"]:
+                    self.state[p] = {"mean": torch.zeros_like(p, dtype=torch.float32)}
+                    self.state[p]["square"] = torch.zeros_like(p, dtype=torch.float32)
+            else:
+                first, n = group["params"][0], len(group["params"])
+                rows, cols = first.shape
+                self.state[first] = {
+                    "momentum": first.new_zeros(n, rows, cols),
+                    "variance": first.new_zeros((n, rows, 1) if rows >= cols else (n, 1, cols)),
+                }
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that a step changes besides the parameters."""
+        return [self.steps, *(tensor for state in self.state.values() for tensor in state.values())]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter from its gradient."""
+        self.steps += 1
+        number = torch.tensor
+        for group in self.param_groups:
+            lr, decay = number(group["lr"]), number(group["weight_decay"])
+            if group["kind"] == "adamw":
+                beta1, beta2 = map(number, group["betas"])
+                for p in group["params"]:
+                    state = self.state[p]
+                    eps = number(group["eps"])
+                    self.adamw(p, p.grad, state["mean"], state["square"], self.steps, lr, beta1, beta2, eps, decay)
+            else:
+                params, state = group["params"], self.state[group["params"][0]]
+                stack, grads = torch.stack(params), torch.stack([p.grad for p in params])
+                lr = lr * max(1.0, params[0].size(0) / params[0].size(1)) ** 0.5
+                momentum, beta2 = number(group["momentum"]), number(group["beta2"])
+                self.muon(stack, grads, state["momentum"], state["variance"], lr, momentum, decay, beta2, self.dtype)
+                torch._foreach_copy_(params, list(stack.unbind()))
+
+
+def build_optimizer(model: GPT, compiled: bool) -> MuonAdamW:
+    """Sort the parameters into their groups."""
+    scale = (model.config.width / 768) ** -0.5
+    adam = {"kind": "adamw", "betas": ADAM_BETAS, "eps": ADAM_EPS, "weight_decay": 0.0}
+    embeddings = [model.embedding.weight, *(e.weight for e in model.value_embeddings.values())]
+    groups = [
+        adam | {"params": [model.head.weight], "lr": HEAD_LR * scale},
+        adam | {"params": embeddings, "lr": EMBEDDING_LR * scale},
+        adam | {"params": [model.residual_scales], "lr": SCALAR_LR / 100},
+        adam | {"params": [model.first_scales], "lr": SCALAR_LR},
+    ]
+    matrices = list(model.blocks.parameters())
+    for shape in sorted({tuple(p.shape) for p in matrices}):
+        params = [p for p in matrices if p.shape == shape]
+        muon = {"momentum": MUON_MOMENTUM[0], "beta2": MUON_BETA2, "weight_decay": WEIGHT_DECAY}
+        groups.append({"kind": "muon", "params": params, "lr": MATRIX_LR, **muon})
+    return MuonAdamW(groups, compiled, model.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules
+
+
+def lr_factor(progress: float) -> float:
+    """Part of the full learning rate, by the part of the budget that is used."""
+    if progress < WARMUP:
+        return progress / WARMUP
+    if progress <= 1 - WARMDOWN:
+        return 1.0
+    return FINAL_LR + (1 - FINAL_LR) * (1 - progress) / WARMDOWN
+
+
+def set_schedule(optimizer: MuonAdamW, progress: float, step: int) -> None:
+    """Set rates, momentum and decay for this step."""
+    begin, end, steps = MUON_MOMENTUM
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * lr_factor(progress)
+        if group["kind"] == "muon":
+            group["momentum"] = begin + (end - begin) * min(step / steps, 1.0)
+            group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training loop
+
+# Dense bf16 TFLOP/s from the vendors' datasheets, by a part of the device's name; the first that matches counts.
+PEAK_TFLOPS = {"H200": 989.5, "H100 PCIe": 756.0, "H100": 989.5, "A100": 312.0, "L40S": 362.0, "L4": 121.0}
+
+
+def peak_flops(device: torch.device) -> float:
+    """The device's dense bf16 peak in FLOP/s, 0 if it is not known."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), 0.0)
+
+
+def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
+    """Return the dtype to compute in, whether to compile, and why."""
+    if device.type == "cuda":
+        return torch.bfloat16, True, "CUDA"
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.float32, False, "this CPU has no AVX512-BF16 or AMX"
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        return torch.bfloat16, False, "bf16 instructions, but no C++ compiler (g++) for torch.compile"
+    return torch.bfloat16, True, "the CPU has bf16 instructions"
+
+
+def check_knobs(length: int) -> None:
+    """Refuse what can't work before anything is compiled."""
+    tokens = DEVICE_BATCH_SIZE * length
+    if TOTAL_BATCH_SIZE % tokens:
+        raise SystemExit(
+            f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} must be a multiple of DEVICE_BATCH_SIZE {DEVICE_BATCH_SIZE} × "
+            f"{length} tokens = {tokens}"
+        )
+    if HEAD_DIM % 2 or set(WINDOW_PATTERN) - set("SL") or not WINDOW_PATTERN:
+        raise SystemExit(
+            f"HEAD_DIM {HEAD_DIM} must be even and WINDOW_PATTERN {WINDOW_PATTERN!r} of the letters S and L"
+        )
+
+
+def train_step(model: nn.Module, optimizer: MuonAdamW, batches: list) -> torch.Tensor:
+    """One step over a list of micro-batches (x, y); return the loss, averaged over them, as a tensor."""
+    total = 0.0
+    for x, y in batches:
+        loss = model(x, y) / len(batches)
+        loss.backward()
+        total = total + loss.detach()
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def warm_up(model: GPT, optimizer: MuonAdamW, step: Callable[[], torch.Tensor]) -> None:
+    """Compile and allocate on throw-away steps; afterwards weights, optimizer and random state are as before."""
+    tensors = [*model.parameters(), *model.buffers(), *optimizer.tensors()]
+    before = [tensor.detach().clone() for tensor in tensors]
+    cpu_state, cuda_state = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+    try:
+        for _ in range(2):
+            step()
+    finally:
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+        torch.set_rng_state(cpu_state)
+        torch.cuda.set_rng_state_all(cuda_state)
+
+
+def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int]:
+    """Warm up with ever smaller micro-batches until one fits memory; return the model to call, optimizer and rows."""
+    rows = DEVICE_BATCH_SIZE
+    while True:
+        optimizer = build_optimizer(model, compiled and run.device.type == "cuda")
+        forward = torch.compile(model, dynamic=False) if compiled else model
+        batch = next(make_dataloader(run.tokenizer, rows, run.corpus.seq_len, "train", run.seed))[:2]
+        run.status = f"warm-up{' and compile' * compiled}, micro-batches of {rows} rows"
+        try:
+            warm_up(model, optimizer, partial(train_step, forward, optimizer, [batch]))
+            return forward, optimizer, rows
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            rows //= 2
+            print(f"out of memory: micro-batches of {rows} rows instead", flush=True)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if run.device.type == "cuda":
+                raise
+            print(f"not compiled after all: {str(error).strip().splitlines()[0]}", flush=True)
+            compiled = False
+
+
+def main() -> None:
+    with training_run(__doc__) as run:
+        train(run)
+
+
+def train(run: Run) -> None:
+    """Build, warm up, train for the budget, evaluate, report."""
+    device, length = run.device, run.corpus.seq_len
+    check_knobs(length)
+    torch.set_float32_matmul_precision("high")
+    dtype, compiled, why = choose_precision(device)
+    backend, attention_why = choose_attention(device)
+    config = Config(run.tokenizer.get_vocab_size(), length, DEPTH, HEAD_DIM, ASPECT_RATIO, WINDOW_PATTERN)
+    model = GPT(config, Attention(backend, length, set(config.windows), device), dtype).to(device)
+    num_params = sum(p.numel() for p in model.parameters())
+    print(f"precision: {str(dtype)[6:]}, {'compiled' if compiled else 'not compiled'} ({why})")
+    print(f"attention: {backend} ({attention_why})")
+    print(f"model: {config.depth} blocks of width {config.width}, {num_params / 1e6:.1f}M parameters", flush=True)
+    forward, optimizer, rows = fit(run, model, compiled)
+    micro_batches = TOTAL_BATCH_SIZE // (rows * length)
+    print(f"step: {TOTAL_BATCH_SIZE} tokens in {micro_batches} micro-batches of {rows} rows of {length}", flush=True)
+
+    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection in the middle of a step costs more than the garbage of five minutes
+    step, mean, previous = 0, 0.0, None
+    run.start()
+    while (progress := run.progress()) < 1:
+        set_schedule(optimizer, progress, step)
+        batches = [next(loader) for _ in range(micro_batches)]
+        loss = train_step(forward, optimizer, [(x, y) for x, y, _ in batches])
+        if previous is not None:  # read a step late: the device has the next one to work on and is not kept waiting
+            value = previous.item()
+            if not value < 3 * math.log(config.vocab_size):
+                raise SystemExit(f"the loss of step {step} is {value}: no use going on. Lower the learning rates?")
+            mean += (value - mean) / min(step, 10)
+            run.status = f"step {step}, {progress:.0%} of the time, loss {mean:.4f}, epoch {batches[-1][2]}"
+        step, previous = step + 1, loss
+    run.stop()
+    loader.close()
+
+    run.status = f"evaluating after {step} steps"
+    val_bpb = evaluate_bpb(forward, run.tokenizer, rows)
+    tokens, peak = step * TOTAL_BATCH_SIZE, peak_flops(device)
+    print("" if peak else "mfu_percent is 0.00: the peak of this device is not known\n", end="")
+    mfu = 100 * model.flops_per_token() * tokens / run.seconds / peak if peak else 0.0
+    run.finish(val_bpb, step, tokens, num_params, config.depth, mfu)
+
+
+if __name__ == "__main__":
+    main()
