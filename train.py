@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils._triton import has_triton
 
 from prepare import Run, evaluate_bpb, get_device, make_dataloader, training_run
 
@@ -51,7 +52,7 @@ WARMUP = 0.0
 WARMDOWN = 0.5
 FINAL_LR = 0.0  # at the end, as a part of the full rate
 
-# A machine without CUDA gets through a thousandth of the tokens, so it gets a smaller model and batch.
+# A CPU gets through less than a hundredth of the tokens, so it gets a smaller model and batch.
 if get_device().type == "cpu":
     DEPTH = 4
     TOTAL_BATCH_SIZE = 2**14
@@ -63,21 +64,23 @@ if get_device().type == "cpu":
 FLASH_KERNEL = ("kernels-community/flash-attn3", 1)  # repository and version on the kernel hub
 
 
-def choose_attention(device: torch.device) -> tuple[str, str]:
+def choose_attention(device: torch.device, compiled: bool) -> tuple[str, str]:
     """Return the backend, flash3, flex, sdpa or matmul, and why."""
     if device.type == "cpu":
-        return "matmul", "on a CPU: compiled, it takes half the time of scaled_dot_product_attention"
+        return "matmul", "on a CPU it takes less time than scaled_dot_product_attention, compiled half of it"
+    if not compiled:
+        return "sdpa", "FlexAttention has to be compiled"
     if torch.cuda.get_device_capability() != (9, 0):
         return "flex", "flash-attention 3 is made for Hopper GPUs alone"
     try:
         flash_attention()
     except Exception as error:  # no network, no build for this PyTorch, a broken file: the run goes on without it
-        return "flex", f"flash-attention 3 did not load: {str(error).splitlines()[0][:80]}"
+        return "flex", f"flash-attention 3 did not load: {f'{type(error).__name__}: {error}'.splitlines()[0]}"
     return "flash3", "its kernel loaded"
 
 
-def flash_attention():
-    """Load flash-attention 3, from the hub the first time. Raises whatever is in the way."""
+def flash_attention() -> Callable:
+    """Load flash-attention 3, from the kernel hub the first time. Raises whatever is in the way."""
     from kernels import get_kernel
 
     return get_kernel(FLASH_KERNEL[0], version=FLASH_KERNEL[1]).flash_attn_func
@@ -106,13 +109,13 @@ class Attention:
         if self.backend == "flash3":
             y = self.flash(q, k, v, causal=True, window_size=(window, 0))
             return y[0] if isinstance(y, tuple) else y
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k, v, seen = *(x.transpose(1, 2) for x in (q, k, v)), slice(q.size(1))  # a row may be shorter than `length`
         if self.backend == "flex":
             y = flex_attention(q, k, v, block_mask=self.masks[window])
         elif self.backend == "sdpa":
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[window])
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[window][seen, seen])
         else:
-            scores = (q @ k.mT).float() * q.size(-1) ** -0.5 + self.biases[window]
+            scores = (q @ k.mT).float() * q.size(-1) ** -0.5 + self.biases[window][seen, seen]
             y = scores.softmax(-1).to(v.dtype) @ v
         return y.transpose(1, 2)
 
@@ -404,7 +407,7 @@ def peak_flops(device: torch.device) -> float:
 def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
     """Return the dtype to compute in, whether to compile, and why."""
     if device.type == "cuda":
-        return torch.bfloat16, True, "CUDA"
+        return torch.bfloat16, has_triton(), f"CUDA, {'with' if has_triton() else 'without'} Triton"
     if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.float32, False, "this CPU has no AVX512-BF16 or AMX"
     if not any(map(shutil.which, ("g++", "clang++"))):
@@ -489,7 +492,7 @@ def train(run: Run) -> None:
     check_knobs(length)
     torch.set_float32_matmul_precision("high")
     dtype, compiled, why = choose_precision(device)
-    backend, attention_why = choose_attention(device)
+    backend, attention_why = choose_attention(device, compiled)
     config = Config(run.tokenizer.get_vocab_size(), length, DEPTH, HEAD_DIM, ASPECT_RATIO, WINDOW_PATTERN)
     model = GPT(config, Attention(backend, length, set(config.windows), device), dtype).to(device)
     num_params = sum(p.numel() for p in model.parameters())

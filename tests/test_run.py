@@ -98,14 +98,10 @@ def test_two_runs_of_one_seed_start_alike_and_another_seed_does_not(command, clo
     first_loss = "prepare.Run.progress = lambda self, at=iter((0, 0, 0, 1)): next(at)"
     report = "finish = prepare.Run.finish; prepare.Run.finish = lambda self, val_bpb, *rest: "
     report += "(print(f'seen {val_bpb:.4f}'), finish(self, val_bpb, *rest))"
-    change = "; ".join([UNCOMPILED, SMALLER, first_loss, report])
-    seen = [
-        re.search(
-            r"seen (\S+)", command("-c", SHORT.format(change=change), "--corpus", folder, "--seed", s, cwd=clone).stdout
-        )
-        for s in (1, 1, 2)
-    ]
-    assert seen[0][1] == seen[1][1] != seen[2][1]
+    script = SHORT.format(change="; ".join([UNCOMPILED, SMALLER, first_loss, report]))
+    seen = [command("-c", script, "--corpus", folder, "--seed", seed, cwd=clone).stdout for seed in (1, 1, 2)]
+    seen = [re.search(r"seen (\S+)", output)[1] for output in seen]
+    assert seen[0] == seen[1] != seen[2]
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_is_logged_as_a_crash(command, clone, folder, corpus):
@@ -124,12 +120,11 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_is_logged_as_a_crash(comma
 
 
 def test_a_micro_batch_that_does_not_fit_memory_is_halved_and_the_batch_stays(command, clone, folder, corpus):
-    # the error that CUDA gives, raised by the first two forward passes of more than two rows
-    tight = "forward = train.GPT.forward; error = train.torch.OutOfMemoryError; train.GPT.forward = lambda self, ids, *rest: "
-    tight += "forward(self, ids, *rest) if len(ids) <= 2 else (_ for _ in ()).throw(error('full'))"
-    result = command(
-        "-c", SHORT.format(change=f"{UNCOMPILED}; train.DEPTH = 1; {tight}"), "--corpus", folder, cwd=clone
-    )
+    # the error that CUDA gives, raised by every forward pass of more than two rows
+    tight = "forward = train.GPT.forward; full = train.torch.OutOfMemoryError('full'); train.GPT.forward = "
+    tight += "lambda self, ids, *y: forward(self, ids, *y) if len(ids) <= 2 else (_ for _ in ()).throw(full)"
+    change = f"{UNCOMPILED}; train.DEPTH = 1; {tight}"
+    result = command("-c", SHORT.format(change=change), "--corpus", folder, cwd=clone)
     assert result.returncode == 0, result.stdout
     assert "out of memory: micro-batches of 2 rows instead" in result.stdout
     assert "step: 16384 tokens in 16 micro-batches of 2 rows of 512" in result.stdout
@@ -166,6 +161,5 @@ def test_nothing_to_log_is_said(command, clone):
 def test_a_script_of_the_family_finds_the_names_it_imports(tokenizer):
     names = ("MAX_SEQ_LEN", "TIME_BUDGET", "Tokenizer", "make_dataloader", "evaluate_bpb")
     assert all(hasattr(prepare, name) for name in names)
-    assert prepare.MAX_SEQ_LEN == prepare.choose_corpus()[0].seq_len
-    assert prepare.TIME_BUDGET == 300
+    assert (prepare.choose_corpus()[0].seq_len, 300) == (prepare.MAX_SEQ_LEN, prepare.TIME_BUDGET)
     assert prepare.Tokenizer.from_directory(tokenizer.corpus.directory).encode("a b") == tokenizer.encode("a b")

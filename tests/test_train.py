@@ -66,8 +66,8 @@ def test_every_backend_honours_the_window(backend, head_dim, length):
 @pytest.mark.parametrize("backend", ["flash3", "flex", "sdpa", "matmul"])
 def test_every_backend_honours_the_window_on_a_gpu(backend, head_dim):
     device = torch.device("cuda")
-    if backend == "flash3" and train.choose_attention(device)[0] != "flash3":
-        pytest.skip(train.choose_attention(device)[1])
+    if backend == "flash3" and train.choose_attention(device, compiled=True)[0] != "flash3":
+        pytest.skip(train.choose_attention(device, compiled=True)[1])
     check_backend(backend, device, torch.bfloat16, 1e-2, [1, 64, 256, 512], 512, head_dim, gradients=True)
 
 
@@ -256,7 +256,7 @@ def batches_of(tokenizer, length, steps, rows=16):
 
 
 def train_small(tokenizer, without=None, steps=60):
-    """Loss on the last ten of `steps` batches of real text; `without` names the kind of group that is left untrained."""
+    """Loss on the last ten of `steps` batches of real text; groups of kind `without` are left untrained."""
     model = small_model(tokenizer.get_vocab_size(), length=128, depth=2)
     optimizer = train.build_optimizer(model, compiled=False)
     losses = []
@@ -348,7 +348,7 @@ def test_flops_are_those_that_pytorch_counts():
 def test_a_compiled_model_learns_on_a_gpu(tokenizer):
     device = torch.device("cuda")
     config = train.Config(tokenizer.get_vocab_size(), 256, depth=2, head_dim=64, aspect_ratio=64, window_pattern="SL")
-    backend, _ = train.choose_attention(device)
+    backend, _ = train.choose_attention(device, compiled=True)
     model = train.GPT(config, train.Attention(backend, 256, set(config.windows), device), torch.bfloat16).to(device)
     optimizer, forward = train.build_optimizer(model, compiled=True), torch.compile(model, dynamic=False)
     losses = []
