@@ -17,6 +17,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._triton import has_triton
 
@@ -86,7 +87,7 @@ def flash_attention() -> Callable:
     return get_kernel(FLASH_KERNEL[0], version=FLASH_KERNEL[1]).flash_attn_func
 
 
-def visible(query: torch.Tensor, key: torch.Tensor, window: int) -> torch.Tensor:
+def visible(query: Tensor, key: Tensor, window: int) -> Tensor:
     """True where the position `query` may see the position `key`."""
     return (key <= query) & (key >= query - window)
 
@@ -105,7 +106,7 @@ class Attention:
             self.masks = {w: visible(positions[:, None], positions, w) for w in windows}
             self.biases = {w: torch.where(mask, 0.0, -math.inf) for w, mask in self.masks.items()}
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         if self.backend == "flash3":
             y = self.flash(q, k, v, causal=True, window_size=(window, 0))
             return y[0] if isinstance(y, tuple) else y
@@ -147,12 +148,12 @@ class Config:
         return [sizes[letter] for letter in [*pattern, "L"]]
 
 
-def norm(x: torch.Tensor) -> torch.Tensor:
+def norm(x: Tensor) -> Tensor:
     """RMSNorm without weights."""
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x (B, T, H, D); cos and sin: (T, 1, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
@@ -173,7 +174,9 @@ class Block(nn.Module):
         if has_value_embedding(index, config.depth):
             self.gate = nn.Linear(32, width // self.head_dim, bias=False)
 
-    def forward(self, x, value_embedding, rotary, attention):
+    def forward(
+        self, x: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], attention: Attention
+    ) -> Tensor:
         y = norm(x)
         q, k, v = (layer(y).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
         if value_embedding is not None:
@@ -225,7 +228,7 @@ class GPT(nn.Module):
         for embedding in (self.embedding, *self.value_embeddings.values()):
             embedding.to(self.dtype)
 
-    def forward(self, ids: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             rotary = self.cos[: ids.size(1)], self.sin[: ids.size(1)]
             x = first = norm(self.embedding(ids))
@@ -260,7 +263,7 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonalize(g: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def orthogonalize(g: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Nearest matrix with all singular values about 1, for a stack (n, rows, cols) of them."""
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
@@ -272,15 +275,28 @@ def orthogonalize(g: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch
     return x.mT if tall else x
 
 
-def muon_update(p, g, momentum_buffer, variance, lr, momentum, decay, beta2, dtype):
-    """Update the stack p (n, rows, cols) in place.
+Number = Tensor | float
+
+
+def muon_update(
+    p: Tensor,
+    g: Tensor,
+    velocity: Tensor,
+    variance: Tensor,
+    lr: Number,
+    momentum: Number,
+    decay: Number,
+    beta2: Number,
+    dtype: torch.dtype,
+) -> None:
+    """Update the stack p (n, rows, cols), float32, in place; orthogonalize in `dtype`.
 
     Muon (https://kellerjordan.github.io/posts/muon) with Nesterov momentum, the variance of each neuron evened out
     (NorMuon, https://arxiv.org/abs/2510.05491), and decay only where it agrees with the step (cautious weight decay,
     https://arxiv.org/abs/2510.12402). variance: (n, rows, 1), or (n, 1, cols) for wide matrices.
     """
-    momentum_buffer.lerp_(g, 1 - momentum)
-    step = orthogonalize(g.lerp(momentum_buffer, momentum), dtype).float()
+    velocity.lerp_(g, 1 - momentum)
+    step = orthogonalize(g.lerp(velocity, momentum), dtype).float()
     size = step.norm(dim=(-2, -1), keepdim=True)
     variance.lerp_(step.square().mean(-1 if variance.size(-1) == 1 else -2, keepdim=True), 1 - beta2)
     step = step * variance.clamp(min=1e-10).rsqrt()
@@ -289,7 +305,18 @@ def muon_update(p, g, momentum_buffer, variance, lr, momentum, decay, beta2, dty
     p.sub_(lr * (step + decay * agree * p))
 
 
-def adamw_update(p, g, mean, square, step, lr, beta1, beta2, eps, decay):
+def adamw_update(
+    p: Tensor,
+    g: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    step: Number,
+    lr: Number,
+    beta1: Number,
+    beta2: Number,
+    eps: Number,
+    decay: Number,
+) -> None:
     """Update p in place as AdamW (https://arxiv.org/abs/1711.05101), in float32 whatever p's dtype is."""
     g = g.float()
     mean.lerp_(g, 1 - beta1)
@@ -301,13 +328,14 @@ def adamw_update(p, g, mean, square, step, lr, beta1, beta2, eps, decay):
 class MuonAdamW(torch.optim.Optimizer):
     """Groups of kind adamw or muon; a muon group holds matrices of one shape, updated as one stack.
 
-    Rates may change at any step: they reach the compiled updates as tensors, so nothing is compiled again.
+    Rates change at every step: they reach the compiled updates as tensors, so that nothing is compiled again.
     """
 
     def __init__(self, groups: list[dict], compiled: bool, dtype: torch.dtype):
         super().__init__(groups, {"lr": 0.0})
         wrap = partial(torch.compile, dynamic=False, fullgraph=True) if compiled else (lambda function: function)
         self.adamw, self.muon, self.dtype = wrap(adamw_update), wrap(muon_update), dtype
+        self.number = torch.tensor if compiled else float
         self.steps = torch.zeros(())
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
@@ -319,11 +347,11 @@ class MuonAdamW(torch.optim.Optimizer):
                 first, n = group["params"][0], len(group["params"])
                 rows, cols = first.shape
                 self.state[first] = {
-                    "momentum": first.new_zeros(n, rows, cols),
+                    "velocity": first.new_zeros(n, rows, cols),
                     "variance": first.new_zeros((n, rows, 1) if rows >= cols else (n, 1, cols)),
                 }
 
-    def tensors(self) -> list[torch.Tensor]:
+    def tensors(self) -> list[Tensor]:
         """Everything that a step changes besides the parameters."""
         return [self.steps, *(tensor for state in self.state.values() for tensor in state.values())]
 
@@ -331,7 +359,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self) -> None:
         """Update every parameter from its gradient."""
         self.steps += 1
-        number = torch.tensor
+        number = self.number
         for group in self.param_groups:
             lr, decay = number(group["lr"]), number(group["weight_decay"])
             if group["kind"] == "adamw":
@@ -345,7 +373,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 stack, grads = torch.stack(params), torch.stack([p.grad for p in params])
                 lr = lr * max(1.0, params[0].size(0) / params[0].size(1)) ** 0.5
                 momentum, beta2 = number(group["momentum"]), number(group["beta2"])
-                self.muon(stack, grads, state["momentum"], state["variance"], lr, momentum, decay, beta2, self.dtype)
+                self.muon(stack, grads, state["velocity"], state["variance"], lr, momentum, decay, beta2, self.dtype)
                 torch._foreach_copy_(params, list(stack.unbind()))
 
 
@@ -429,7 +457,7 @@ def check_knobs(length: int) -> None:
         )
 
 
-def train_step(model: nn.Module, optimizer: MuonAdamW, batches: list) -> torch.Tensor:
+def train_step(model: nn.Module, optimizer: MuonAdamW, batches: list) -> Tensor:
     """One step over a list of micro-batches (x, y); return the loss, averaged over them, as a tensor."""
     total = 0.0
     for x, y in batches:
@@ -441,7 +469,7 @@ def train_step(model: nn.Module, optimizer: MuonAdamW, batches: list) -> torch.T
     return total
 
 
-def warm_up(model: GPT, optimizer: MuonAdamW, step: Callable[[], torch.Tensor]) -> None:
+def warm_up(model: GPT, optimizer: MuonAdamW, step: Callable[[], Tensor]) -> None:
     """Compile and allocate on throw-away steps; afterwards weights, optimizer and random state are as before."""
     tensors = [*model.parameters(), *model.buffers(), *optimizer.tensors()]
     before = [tensor.detach().clone() for tensor in tensors]

@@ -132,7 +132,15 @@ def test_a_micro_batch_that_does_not_fit_memory_is_halved_and_the_batch_stays(co
 
 def test_without_a_compiler_the_run_goes_on_uncompiled(command, clone, folder, corpus):
     change = f"train.choose_precision = lambda device: (train.torch.float32, True, 'for this test'); {SMALLER}"
-    result = command("-c", SHORT.format(change=change), "--corpus", folder, cwd=clone, CXX="/nowhere/g++")
+    result = command(
+        "-c",
+        SHORT.format(change=change),
+        "--corpus",
+        folder,
+        cwd=clone,
+        CXX="/nowhere/g++",
+        TORCHINDUCTOR_CACHE_DIR=clone,
+    )
     assert result.returncode == 0, result.stdout
     assert "not compiled after all" in result.stdout
 

@@ -172,8 +172,7 @@ def test_orthogonalize_gives_what_an_svd_gives(shape, dtype):
 
 def muon_by_hand(p, gradients, lr, momentum, decay, beta2):
     """Muon, NorMuon and cautious decay for one matrix, in float64, neuron by neuron, with an exact SVD."""
-    p = p.copy()
-    velocity, variance = np.zeros_like(p), None
+    p, velocity, variance = p.copy(), np.zeros_like(p), np.zeros(max(p.shape))
     tall = p.shape[0] >= p.shape[1]
     for g in gradients:
         velocity = momentum * velocity + (1 - momentum) * g
@@ -181,7 +180,7 @@ def muon_by_hand(p, gradients, lr, momentum, decay, beta2):
         step = u @ vt
         neurons = step if tall else step.T
         mean_square = np.array([np.mean(neuron**2) for neuron in neurons])
-        variance = (1 - beta2) * mean_square if variance is None else beta2 * variance + (1 - beta2) * mean_square
+        variance = beta2 * variance + (1 - beta2) * mean_square
         even = np.stack([neuron / np.sqrt(v) for neuron, v in zip(neurons, variance, strict=True)])
         even = even if tall else even.T
         step = even * np.linalg.norm(step) / np.linalg.norm(even)
@@ -198,10 +197,10 @@ def test_muon_is_what_its_papers_say(shape, monkeypatch):
     monkeypatch.setattr(train, "orthogonalize", exact)
     rng = np.random.default_rng(0)
     matrices, gradients = rng.normal(size=(2, *shape)), rng.normal(size=(5, 2, *shape))
-    stack, zeros = torch.from_numpy(matrices.copy()), torch.zeros(2, *shape, dtype=torch.float64)
-    variance = torch.zeros((2, shape[0], 1) if shape[0] >= shape[1] else (2, 1, shape[1]), dtype=torch.float64)
+    stack, velocity = torch.from_numpy(matrices).float(), torch.zeros(2, *shape)
+    variance = torch.zeros((2, shape[0], 1) if shape[0] >= shape[1] else (2, 1, shape[1]))
     for g in gradients:
-        train.muon_update(stack, torch.from_numpy(g), zeros, variance, 0.02, 0.9, 0.1, 0.95, torch.float64)
+        train.muon_update(stack, torch.from_numpy(g).float(), velocity, variance, 0.02, 0.9, 0.1, 0.95, torch.float32)
     for i in range(2):
         expected = muon_by_hand(matrices[i], gradients[:, i], 0.02, 0.9, 0.1, 0.95)
         np.testing.assert_allclose(stack[i].numpy(), expected, rtol=1e-4, atol=1e-5)
