@@ -57,7 +57,7 @@ FINAL_LR = 0.0  # at the end, as a part of the full rate
 if get_device().type == "cpu":
     DEPTH = 4
     TOTAL_BATCH_SIZE = 2**14
-    DEVICE_BATCH_SIZE = 8
+    DEVICE_BATCH_SIZE = 16
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention: softmax(q·k / √d) v over each position and the `window` positions before it, by the fastest way there is
@@ -92,6 +92,11 @@ def visible(query: Tensor, key: Tensor, window: int) -> Tensor:
     return (key <= query) & (key >= query - window)
 
 
+def mask_mod(window: int) -> Callable:
+    """`visible` as FlexAttention calls it. A closure: a default argument is not among the guards of torch.compile."""
+    return lambda batch, head, query, key: visible(query, key, window)
+
+
 class Attention:
     """The chosen backend, with what it needs for rows of `length` tokens. q, k, v and the result: (B, T, H, D)."""
 
@@ -101,7 +106,7 @@ class Attention:
             self.flash = flash_attention()
         elif backend == "flex":
             block_mask = partial(create_block_mask, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device)
-            self.masks = {w: block_mask(lambda b, h, q, k, w=w: visible(q, k, w)) for w in windows}
+            self.masks = {w: block_mask(mask_mod(w)) for w in windows}
         else:
             self.masks = {w: visible(positions[:, None], positions, w) for w in windows}
             self.biases = {w: torch.where(mask, 0.0, -math.inf) for w, mask in self.masks.items()}

@@ -68,7 +68,7 @@ def test_whole_files_are_held_out_and_none_is_in_both_splits(tmp_path):
 
 
 def test_of_a_single_large_file_one_document_in_25_is_held_out(tmp_path):
-    (tmp_path / "book.txt").write_text("\n\n".join(f"paragraph {i} " + "word " * 300 for i in range(1000)))
+    (tmp_path / "book.txt").write_text("\n\n".join(f"paragraph {i} " + "word " * 180 for i in range(1000)))
     train, val = splits_of(tmp_path)
     assert not set(train) & set(val)
     assert 0.03 <= len(val) / (len(train) + len(val)) <= 0.05
@@ -253,8 +253,8 @@ def test_the_epoch_counts_passes_over_the_text(tmp_path):
     corpus, _ = prepare.choose_corpus(str(tmp_path))
     prepare.prepare(corpus)
     tokens = (corpus.directory / "train_00000.tokens").stat().st_size // 2
-    loader = prepare.make_dataloader(prepare.Tokenizer(corpus), 8, 512, "train")
-    epochs = [epoch for _, _, epoch in itertools.islice(loader, 2 * tokens // (8 * 513) + 50)]
+    loader = prepare.make_dataloader(prepare.Tokenizer(corpus), 16, 256, "train")
+    epochs = [epoch for _, _, epoch in itertools.islice(loader, 2 * tokens // (16 * 257) + 50)]
     loader.close()
     assert epochs == sorted(epochs)
     assert {1, 2, 3} <= set(epochs)

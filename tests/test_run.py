@@ -14,7 +14,7 @@ import prepare
 # The budget is no product flag: the test changes the module before train.py asks for it.
 SHORT = "import prepare; prepare.TIME_BUDGET = 4; import train; {change}; train.main()"
 UNCOMPILED = "train.choose_precision = lambda device: (train.torch.float32, False, 'for this test')"
-SMALLER = "train.TOTAL_BATCH_SIZE = train.DEVICE_BATCH_SIZE * 512; train.DEPTH = 1"
+SMALLER = "train.TOTAL_BATCH_SIZE = train.DEVICE_BATCH_SIZE * 256; train.DEPTH = 1"
 
 SUMMARY = r"""---
 val_bpb:          (?P<val_bpb>\d+\.\d{6})
@@ -127,7 +127,7 @@ def test_a_micro_batch_that_does_not_fit_memory_is_halved_and_the_batch_stays(co
     result = command("-c", SHORT.format(change=change), "--corpus", folder, cwd=clone)
     assert result.returncode == 0, result.stdout
     assert "out of memory: micro-batches of 2 rows instead" in result.stdout
-    assert "step: 16384 tokens in 16 micro-batches of 2 rows of 512" in result.stdout
+    assert "step: 16384 tokens in 32 micro-batches of 2 rows of 256" in result.stdout
 
 
 def test_without_a_compiler_the_run_goes_on_uncompiled(command, clone, folder, corpus):

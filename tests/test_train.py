@@ -39,17 +39,17 @@ def attention_by_hand(q, k, v, window):
 
 def check_backend(backend, device, dtype, tolerance, windows, length, head_dim, gradients):
     torch.manual_seed(0)
-    attention = train.Attention(backend, length, set(windows), device)
+    attention, shape = train.Attention(backend, length, set(windows), device), (2, length, 2, head_dim)
     for window in windows:
-        inputs = [torch.randn(2, length, 2, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+        inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=gradients) for _ in range(3)]
         seen, expected = attention(*inputs, window), attention_by_hand(*inputs, window)
         assert (seen.double() - expected).norm() <= tolerance * expected.norm()
         if gradients:
             direction = torch.randn_like(expected)
             ours = torch.autograd.grad(seen, inputs, direction.to(dtype))
             theirs = torch.autograd.grad(expected, inputs, direction)
-            for a, b in zip(ours, theirs, strict=True):
-                assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
+            for a, b in zip(ours, theirs, strict=True):  # of a window of 0, q and k have no gradient
+                assert (a.double() - b.double()).norm() <= tolerance * max(b.double().norm(), direction.norm())
 
 
 @pytest.mark.parametrize("length", [64, 75])
@@ -161,13 +161,14 @@ def test_rotary_positions_make_scores_depend_on_distance_alone():
 def test_orthogonalize_gives_what_an_svd_gives(shape, dtype):
     torch.manual_seed(0)
     g = torch.randn(shape)
-    u, _, vt = torch.linalg.svd(g.double(), full_matrices=False)
-    seen = train.orthogonalize(g, dtype).double()
-    singular = torch.linalg.svdvals(seen)
-    assert singular.min() > 0.7
-    assert singular.max() < 1.3
-    # the same singular vectors: projected on the exact answer hardly anything is lost
-    assert ((seen * (u @ vt)).sum((-2, -1)) / (seen.norm(dim=(-2, -1)) * (u @ vt).norm(dim=(-2, -1)))).min() > 0.98
+    u, singular, vt = torch.linalg.svd(g.double(), full_matrices=False)
+    seen = u.mT @ train.orthogonalize(g, dtype).double() @ vt.mT  # in the exact singular vectors: about the identity
+    diagonal = seen.diagonal(dim1=-2, dim2=-1)
+    large = singular > 0.01 * singular.norm(dim=-1, keepdim=True)  # five iterations do not lift the very smallest to 1
+    assert large.sum() >= 0.9 * large.numel()
+    assert diagonal[large].min() > 0.7
+    assert diagonal.max() < 1.3
+    assert (seen - torch.diag_embed(diagonal)).abs().max() < (1e-3 if dtype == torch.float32 else 0.1)
 
 
 def muon_by_hand(p, gradients, lr, momentum, decay, beta2):
@@ -325,7 +326,7 @@ def test_warm_up_leaves_no_trace(tokenizer):
 def test_settings_that_can_not_work_are_named(monkeypatch, knob, value, message):
     monkeypatch.setattr(train, knob, value)
     with pytest.raises(SystemExit, match=message):
-        train.check_knobs(512)
+        train.check_knobs(256)
 
 
 def test_flops_are_those_that_pytorch_counts():
