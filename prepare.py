@@ -651,11 +651,11 @@ def now() -> float:
 
 @contextlib.contextmanager
 def status_line(status: Callable[[], str]) -> Iterator[None]:
-    """Show what `status` returns while the block runs: live on a terminal, elsewhere a line every ten seconds."""
+    """Show what `status` returns while the block runs: live on a terminal, elsewhere a line every 12 s."""
     live, done = sys.stdout.isatty(), threading.Event()
 
     def show() -> None:
-        while not done.wait(0.2 if live else 10.0):
+        while not done.wait(0.2 if live else 12.0):
             line = status()[: shutil.get_terminal_size().columns - 1]
             print(f"\r\033[K{line}" if live else f"{line}\n", end="", flush=True)
 

@@ -540,7 +540,7 @@ def train(run: Run) -> None:
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection in the middle of a step costs more than the garbage of five minutes
-    step, mean, previous = 0, 0.0, None
+    step, mean, previous, run.status = 0, 0.0, None, "training"
     run.start()
     while (progress := run.progress()) < 1:
         set_schedule(optimizer, progress, step)
