@@ -32,10 +32,8 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-STARTED = time.perf_counter()  # total_seconds counts from here: the import of torch is part of a run
 
 import numpy as np
 import pyarrow as pa
@@ -108,10 +106,9 @@ def choose_corpus(choice: str | None = None, num_shards: int | None = None) -> t
         return Corpus(choice, cache_root() / choice, **SMALL), why
     folder = Path(choice).expanduser().resolve()
     if not folder.is_dir():
-        raise SystemExit(f"--corpus {choice}: neither climbmix nor python, and there is no folder {folder}")
-    # a folder's scale is the device's: a CPU could not evaluate 20M tokens within a run
+        raise SystemExit(f"corpus {choice}: neither climbmix nor python, and there is no folder {folder}")
     name = f"folder-{re.sub(r'[^a-zA-Z0-9_-]', '_', folder.name)}-{digest(str(folder), scale)[:8]}"
-    return Corpus("folder", cache_root() / name, **scale, folder=str(folder)), why
+    return Corpus("folder", cache_root() / name, **scale, folder=str(folder)), why  # a CPU can't evaluate 20M tokens
 
 
 def digest(*parts: object) -> str:
@@ -125,6 +122,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+print_once = functools.cache(functools.partial(print, flush=True))  # for what is read more than once
 SOURCE_SHA256 = sha256_file(Path(__file__))
 MAX_SEQ_LEN = choose_corpus()[0].seq_len  # tokens; for scripts that import it
 
@@ -142,7 +140,7 @@ def download(part: Path, url: str) -> None:
     for wait in (*RETRY_SECONDS, 0):
         try:
             head = requests.head(url, headers=headers, timeout=STALL_SECONDS)  # not redirected: the hub's own headers
-            if head.status_code in (401, 403, 404):
+            if 400 <= head.status_code < 500 and head.status_code not in (408, 429):
                 raise SystemExit(f"{url} answered {head.status_code}: set HF_TOKEN, and see if HF_ENDPOINT is right")
             head.raise_for_status()
             size, sha256 = int(head.headers["X-Linked-Size"]), head.headers["X-Linked-ETag"].strip('"')
@@ -224,10 +222,10 @@ def read_documents(source: Source, limit: int) -> Iterator[str]:
         with source.path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    yield str(json.loads(line)["text"])
-                except (ValueError, KeyError, TypeError) as error:
+                    yield json.loads(line)["text"].strip("\r\n")
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
                     where = f"{source.path}:{number}"
-                    raise SystemExit(f'{where}: expected a JSON object with the key "text" ({error!r})') from None
+                    raise SystemExit(f'{where}: expected a JSON object with a text under "text" ({error!r})') from None
     elif b"\0" in (data := source.path.read_bytes()):
         raise ValueError("binary")
     else:
@@ -254,7 +252,7 @@ def local_documents(sources: list[Source], split: str, corpus: Corpus) -> Iterat
     total, skipped = sum(source.size for source in sources), []
     holdout = max(25, total // (8 * corpus.eval_tokens))
     for position, source in enumerate(tqdm(sources, f"{split} text", unit=" files", disable=None, leave=False)):
-        whole = source.size <= total / 100
+        whole = corpus.name == "python" or source.size <= total / 100
         if whole and (position % holdout == holdout - 1) != (split == "val"):
             continue
         try:
@@ -264,7 +262,7 @@ def local_documents(sources: list[Source], split: str, corpus: Corpus) -> Iterat
         except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
             skipped.append(f"{source.path} ({error})")
     if skipped:
-        print(f"skipped {len(skipped)} files that are not UTF-8 text, the first is {skipped[0]}", flush=True)
+        print_once(f"skipped {len(skipped)} files that are not UTF-8 text, the first is {skipped[0]}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -409,8 +407,10 @@ def prepare(corpus: Corpus, thorough: bool = False) -> None:
 @contextlib.contextmanager
 def locked(path: Path, advice: str, wait: bool) -> Iterator[None]:
     """Hold a lock file that names its holder; the system lets it go with the process, however that ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as lock:
+    with explained_disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a+")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -463,6 +463,8 @@ def build(corpus: Corpus, thorough: bool) -> None:
         with part.open("wb") as file:
             kept = (text for text in documents() if text not in held_out())  # no document stands in both splits
             file.writelines(ids.tobytes() for ids in encode_documents(kept, encoding()))
+        if not part.stat().st_size:
+            raise SystemExit(f"no text to train on that is not in the validation text as well. {TOO_SMALL}")
 
     have("val_rows.bin", write_val_rows)
     for number, documents in enumerate(train):
@@ -598,12 +600,12 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
             batch = F.pad(batch, (0, 0, 0, batch_size - real))  # one shape: nothing is compiled twice
             x, y = batch[:, :-1].contiguous(), batch[:real, 1:].contiguous()
             logits = checked_logits(model(x), x, tokenizer.get_vocab_size(), done)
-            if done < 4 * batch_size:
-                probe(model, x, logits)
-            sizes = token_bytes[y]
-            losses = F.cross_entropy(logits[:real][sizes > 0].float(), y[sizes > 0], reduction="none")
-            nats += losses.sum(dtype=torch.float64).item()
+            losses = F.cross_entropy(logits[:real].flatten(0, 1).float(), y.flatten(), reduction="none")
+            sizes = token_bytes[y.flatten()]
+            nats += losses[sizes > 0].sum(dtype=torch.float64).item()
             size += sizes.sum().item()
+            if done == 0 or random.SystemRandom().random() < 4 * batch_size / len(rows):  # no model knows which
+                probe(model, x, logits[:real])
             done += real
         except torch.OutOfMemoryError:
             if batch_size == 1:
@@ -628,10 +630,11 @@ def checked_logits(logits: object, x: torch.Tensor, vocab_size: int, first_row: 
 
 def probe(model: torch.nn.Module, x: torch.Tensor, logits: torch.Tensor) -> None:
     """Raise ValueError if a row's logits up to a random position depend on what comes after it or stands beside it."""
-    row, last = random.SystemRandom().randrange(len(x)), random.SystemRandom().randrange(x.shape[1] - 1)
-    changed = x ^ 1  # every token but those that the logits in question may depend on
+    row, last = random.SystemRandom().randrange(len(logits)), random.SystemRandom().randrange(x.shape[1] - 1)
+    before = logits[row, : last + 1].float().clone()
+    changed = (x + 1) % logits.shape[-1]  # every token but those that the logits in question may depend on
     changed[row, : last + 1] = x[row, : last + 1]
-    moved = (model(changed)[row, : last + 1].float() - logits[row, : last + 1].float()).abs().amax(-1)
+    moved = (model(changed)[row, : last + 1].float() - before).abs().amax(-1)
     if not moved.max() <= PROBE_TOLERANCE:
         where = f"the logits of row {row}, position {moved.argmax().item()} move by {moved.max().item():.3g}"
         what = f"when only tokens after position {last} and other rows change: the model sees what it has to predict"
@@ -642,13 +645,6 @@ def probe(model: torch.nn.Module, x: torch.Tensor, logits: torch.Tensor) -> None
 # Clock and run
 
 
-def now() -> float:
-    """Seconds on the clock, when the GPU, if there is one, has finished its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 @contextlib.contextmanager
 def status_line(status: Callable[[], str]) -> Iterator[None]:
     """Show what `status` returns while the block runs: live on a terminal, elsewhere a line every 12 s."""
@@ -657,7 +653,7 @@ def status_line(status: Callable[[], str]) -> Iterator[None]:
     def show() -> None:
         while not done.wait(0.2 if live else 12.0):
             line = status()[: shutil.get_terminal_size().columns - 1]
-            print(f"\r\033[K{line}" if live else f"{line}\n", end="", flush=True)
+            print(f"\033[K{line}\r" if live else f"{line}\n", end="", flush=True)
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
@@ -666,7 +662,7 @@ def status_line(status: Callable[[], str]) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        print("\r\033[K" if live else "", end="", flush=True)
+        print("\033[K" if live else "", end="", flush=True)
 
 
 @dataclass
@@ -677,13 +673,18 @@ class Run:
     tokenizer: Tokenizer
     device: torch.device
     seed: int
+    started: float = field(default_factory=time.perf_counter)
+    began: float = 0.0  # of the five minutes
+    seconds: float = 0.0  # that they took
     status: str = "starting"
-    summary: dict[str, str] | None = None
-    began = seconds = 0.0
+    summary: dict[str, str] = field(default_factory=dict)
 
     def start(self) -> None:
         """Begin the five minutes, once the device has finished what it was given before."""
-        self.began = now()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.began = time.perf_counter()
 
     def progress(self) -> float:
         """Part of the five minutes that is used, 0 to 1, without waiting for the device."""
@@ -691,7 +692,9 @@ class Run:
 
     def stop(self) -> None:
         """End the five minutes, once the device has finished."""
-        self.seconds = now() - self.began
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.began
 
     def finish(self, val_bpb: float, steps: int, tokens: int, params: int, depth: int, mfu_percent: float) -> None:
         """Complete the summary. Its nine lines are an interface: other scripts grep them."""
@@ -701,7 +704,7 @@ class Run:
         self.summary = {
             "val_bpb": f"{val_bpb:.6f}",
             "training_seconds": f"{self.seconds:.1f}",
-            "total_seconds": f"{time.perf_counter() - STARTED:.1f}",
+            "total_seconds": f"{time.perf_counter() - self.started:.1f}",
             "peak_vram_mb": f"{peak:.1f}",
             "mfu_percent": f"{mfu_percent:.2f}",
             "total_tokens_M": f"{tokens / 1e6:.1f}",
@@ -714,34 +717,27 @@ class Run:
 @contextlib.contextmanager
 def training_run(description: str | None) -> Iterator[Run]:
     """Parse the command line, lock the device, prepare the corpus, grant ten minutes, and record how the run ended."""
-    global STARTED
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_corpus_arguments(parser)
     parser.add_argument("--seed", type=int, default=SEED, help=f"of weights and data order (default {SEED})")
     arguments = parser.parse_args()
-    device = get_device()
-    unit = str(torch.cuda.get_device_properties(0).uuid) if device.type == "cuda" else "cpu"
-    busy = "two runs at once can't be compared; wait for it"
-    with explained_disk_errors(cache_root()):
-        cache_root().mkdir(parents=True, exist_ok=True)
-        (cache_root() / "runs.jsonl").touch()
-    with locked(cache_root() / f"device-{unit}.lock", busy, wait=False):
-        cuda, cpu = device.type == "cuda", f"cpu ({torch.backends.cpu.get_cpu_capability()})"
-        name = torch.cuda.get_device_name() if cuda else cpu
+    if arguments.seed < 0:
+        parser.error(f"--seed {arguments.seed}: expected a number from 0 on")
+    device, cuda = get_device(), torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if cuda else f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+    unit = torch.cuda.get_device_properties(0).uuid if cuda else "cpu"
+    with locked(cache_root() / f"device-{unit}.lock", "two runs at once can't be compared; wait for it", wait=False):
         print(f"device: {name}{'' if cuda else ', for there is no CUDA device'}", flush=True)
         corpus, why = choose_corpus(arguments.corpus, arguments.shards)
         if corpus.name == "climbmix" and not cuda:
             raise SystemExit("climbmix needs a GPU: a CPU would take hours to evaluate on it. Use --corpus python")
         print(f"corpus: {corpus.folder or corpus.name} ({why})", flush=True)
-        begin = time.perf_counter()
         prepare(corpus)
-        STARTED += time.perf_counter() - begin  # preparing is not part of the run
-        faulthandler.dump_traceback_later(RUN_LIMIT - (time.perf_counter() - STARTED), exit=True)
-        random.seed(arguments.seed)
-        np.random.seed(arguments.seed)
-        torch.manual_seed(arguments.seed)
+        faulthandler.dump_traceback_later(RUN_LIMIT, exit=True)  # preparing is not part of the run, all that follows is
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(arguments.seed)
         source = (ROOT / "train.py").read_text()
-        committed = git("show", "HEAD:train.py") == source.strip()
+        committed = git("show", "HEAD:./train.py") == source.strip()
         record = {"id": f"{time.time_ns()}-{os.getpid()}", "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         record |= {"repository": str(ROOT), "commit": git("rev-parse", "HEAD"), "train_committed": committed}
         record |= {"train_sha256": hashlib.sha256(source.encode()).hexdigest(), "train_source": source}
@@ -750,8 +746,10 @@ def training_run(description: str | None) -> Iterator[Run]:
         try:
             with status_line(lambda: run.status):
                 yield run
+            assert run.summary, "train.py ended without calling run.finish: there is no val_bpb"
             record |= {name: float(value) for name, value in run.summary.items()} | {"status": "finished"}
         except BaseException as error:
+            record["status"] = "stopped" if isinstance(error, KeyboardInterrupt) else "crash"
             record["traceback"] = "".join(traceback.format_exception(error)).splitlines()[-20:]
             raise
         finally:
@@ -790,18 +788,23 @@ def log(status: str, description: str) -> None:
     runs, description = read_lines("runs.jsonl"), " ".join(description.split())
     if not runs or runs[-1]["id"] in (row["id"] for row in read_lines("ledger.jsonl")):
         raise SystemExit("nothing to log: every run of this repository is logged. The next one: `uv run train.py`")
-    run, head = runs[-1], git("rev-parse", "HEAD")
-    if status == "keep" and not (run["status"] == "finished" and run["train_committed"] and run["commit"] == head):
+    run, finished = runs[-1], runs[-1]["status"] == "finished"
+    if status == "keep" and not (finished and run["train_committed"] and run["commit"] == git("rev-parse", "HEAD")):
         raise SystemExit("the last run did not finish, or was not of HEAD as committed: only then it can be kept")
-    figures = [run.get("val_bpb", 0.0), run.get("peak_vram_mb", 0.0) / 1024]
-    row = f"{run['commit'][:7]}\t{figures[0]:.6f}\t{figures[1]:.1f}\t{status}\t{description}"
+    if status == "discard" and not finished:
+        raise SystemExit(f'the last run has no figure (its status: {run["status"]}): `uv run prepare.py log crash "…"`')
+    bpb, memory = (run["val_bpb"], run["peak_vram_mb"] / 1024) if finished and status != "crash" else (0.0, 0.0)
+    row = f"{run['commit'][:7]}\t{bpb:.6f}\t{memory:.1f}\t{status}\t{description}"
     ledger, part = ROOT / "results.tsv", ROOT / ".results.tsv.part"
-    part.write_text(ledger.read_text().rstrip("\n") + f"\n{row}\n")
+    before = ledger.read_text()
+    part.write_text(before.rstrip("\n") + f"\n{row}\n")
     put_in_place(part, ledger)
-    append_line("ledger.jsonl", {"id": run["id"], "repository": str(ROOT), "row": row})
     commit = ["git", "-C", str(ROOT), "commit", "-q", "-m", f"log {status}: {description}", "--", "results.tsv"]
-    print(row, flush=True)
-    raise SystemExit(subprocess.run(commit).returncode)
+    if subprocess.run(commit).returncode:
+        ledger.write_text(before)
+        raise SystemExit("git could not commit results.tsv (see above): nothing was logged")
+    append_line("ledger.jsonl", {"id": run["id"], "repository": str(ROOT), "row": row})
+    print(row)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -814,28 +817,27 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         "climbmix, python or a folder of text (default: $AUTORESEARCH_CORPUS, else climbmix with CUDA, python without)"
     )
     parser.add_argument("--corpus", metavar="NAME", help=names)
-    parser.add_argument("--shards", metavar="N", type=int, help="training shards of climbmix to download (default 10)")
+    parser.add_argument("--shards", metavar="N", type=int, help="shards of climbmix to train on (default 10)")
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_corpus_arguments(parser)
-    commands = parser.add_subparsers(dest="command", metavar="check | log")
-    add_corpus_arguments(commands.add_parser("check", help="verify everything on disk, print the harness fingerprint"))
-    logging = commands.add_parser("log", help="write the last run into results.tsv and commit that file")
-    logging.add_argument("status", choices=["keep", "discard", "crash"])
-    logging.add_argument("description", help="what was tried, in one line")
+    usage = 'nothing to prepare, check, or log keep|discard|crash "what was tried"'
+    parser.add_argument("command", nargs="*", help=usage)
     arguments = parser.parse_args()
-    if arguments.command == "log":
-        return log(arguments.status, arguments.description)
+    if len(words := arguments.command) == 3 and words[0] == "log" and words[1] in ("keep", "discard", "crash"):
+        return log(words[1], words[2])
+    if words not in ([], ["check"]):
+        parser.error(f"{' '.join(words)}: expected {usage}")
     corpus, why = choose_corpus(arguments.corpus, arguments.shards)
     print(f"corpus: {corpus.folder or corpus.name} ({why})", flush=True)
-    if arguments.command == "check":
-        entries = read_manifest(corpus.directory)["files"] or {MANIFEST: None}
-        problems = {name: damage(corpus.directory / name, entry, thorough=True) for name, entry in entries.items()}
-        if any(problems.values()):
-            lines = [f"{corpus.directory / name} is {problem}" for name, problem in problems.items() if problem]
+    if arguments.command:
+        names = ["tokenizer.json", "val_rows.bin", *(f"train_{i:05d}.tokens" for i in range(corpus.num_shards or 1))]
+        files = dict.fromkeys(names) | read_manifest(corpus.directory)["files"]
+        problems = {corpus.directory / name: damage(corpus.directory / name, files[name], True) for name in files}
+        if lines := [f"{path} is {problem}" for path, problem in problems.items() if problem]:
             raise SystemExit("\n".join([*lines, "`uv run prepare.py` mends it"]))
     else:
         prepare(corpus, thorough=True)

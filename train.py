@@ -9,6 +9,7 @@ Sections: knobs, attention, model, optimizer, schedules, training loop.
 
 import gc
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,7 +102,8 @@ class Attention:
     """The chosen backend, with what it needs for rows of `length` tokens. q, k, v and the result: (B, T, H, D)."""
 
     def __init__(self, backend: str, length: int, windows: set[int], device: torch.device):
-        self.backend, positions = backend, torch.arange(length, device=device)
+        self.backend = backend
+        positions = torch.arange(length, device=device)
         if backend == "flash3":
             self.flash = flash_attention()
         elif backend == "flex":
@@ -109,19 +111,21 @@ class Attention:
             self.masks = {w: block_mask(mask_mod(w)) for w in windows}
         else:
             self.masks = {w: visible(positions[:, None], positions, w) for w in windows}
-            self.biases = {w: torch.where(mask, 0.0, -math.inf) for w, mask in self.masks.items()}
+            if backend == "matmul":  # added to the scores
+                self.masks = {w: torch.where(mask, 0.0, -math.inf) for w, mask in self.masks.items()}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         if self.backend == "flash3":
             y = self.flash(q, k, v, causal=True, window_size=(window, 0))
             return y[0] if isinstance(y, tuple) else y
-        q, k, v, seen = *(x.transpose(1, 2) for x in (q, k, v)), slice(q.size(1))  # a row may be shorter than `length`
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        seen = slice(q.size(2))  # a row may be shorter than `length`
         if self.backend == "flex":
             y = flex_attention(q, k, v, block_mask=self.masks[window])
         elif self.backend == "sdpa":
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[window][seen, seen])
         else:
-            scores = (q @ k.mT).float() * q.size(-1) ** -0.5 + self.biases[window][seen, seen]
+            scores = (q @ k.mT).float() * q.size(-1) ** -0.5 + self.masks[window][seen, seen]
             y = scores.softmax(-1).to(v.dtype) @ v
         return y.transpose(1, 2)
 
@@ -248,11 +252,13 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def flops_per_token(self) -> int:
-        """Forward and backward: 6 per weight of a matrix, 12 per visible position and channel of attention."""
-        config, matrices = self.config, sum(w.numel() for w in self.blocks.parameters()) + self.head.weight.numel()
-        length = config.seq_len
-        seen = [sum(min(t, window) + 1 for t in range(length)) / length for window in config.windows]
-        return 6 * matrices + 12 * config.width * round(sum(seen))
+        """Forward and backward: 6 per weight of a matrix, 12 per channel of attention and position of the window.
+
+        As in the published figures (PaLM, https://arxiv.org/abs/2204.02311, appendix B), what the causal mask saves
+        within a window is not taken off.
+        """
+        matrices = sum(w.numel() for w in self.blocks.parameters()) + self.head.weight.numel()
+        return 6 * matrices + 12 * self.config.width * sum(self.config.windows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -427,39 +433,54 @@ def set_schedule(optimizer: MuonAdamW, progress: float, step: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Training loop
 
-# Dense bf16 TFLOP/s from the vendors' datasheets, by a part of the device's name; the first that matches counts.
-PEAK_TFLOPS = {"H200": 989.5, "H100 PCIe": 756.0, "H100": 989.5, "A100": 312.0, "L40S": 362.0, "L4": 121.0}
+# Dense bf16 TFLOP/s from the vendors' datasheets, by words in the device's name; the first that matches counts.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H200 NVL": 835,
+    "H200": 989.5,
+    "H100": 989.5,
+    "A100": 312,
+    "L40S": 362,
+}
 
 
 def peak_flops(device: torch.device) -> float:
-    """The device's dense bf16 peak in FLOP/s, 0 if it is not known."""
+    """The device's dense bf16 peak in FLOP/s, 0 if it is not known: no figure is better than a wrong one."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), 0.0)
+    return next((peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), 0.0)
 
 
 def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
     """Return the dtype to compute in, whether to compile, and why."""
+    compiler = any(map(shutil.which, ("gcc", "g++", "clang", "clang++")))
+    if device.type == "cuda" and not (compiler and has_triton()):
+        return torch.bfloat16, False, "torch.compile needs Triton and a C compiler (gcc)"
     if device.type == "cuda":
-        return torch.bfloat16, has_triton(), f"CUDA, {'with' if has_triton() else 'without'} Triton"
+        return torch.bfloat16, True, "a GPU"
     if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.float32, False, "this CPU has no AVX512-BF16 or AMX"
-    if not any(map(shutil.which, ("g++", "clang++"))):
-        return torch.bfloat16, False, "bf16 instructions, but no C++ compiler (g++) for torch.compile"
+    if not compiler:
+        return torch.bfloat16, False, "the CPU has bf16 instructions, but torch.compile needs a C++ compiler (g++)"
     return torch.bfloat16, True, "the CPU has bf16 instructions"
 
 
 def check_knobs(length: int) -> None:
     """Refuse what can't work before anything is compiled."""
     tokens = DEVICE_BATCH_SIZE * length
-    if TOTAL_BATCH_SIZE % tokens:
-        raise SystemExit(
-            f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} must be a multiple of DEVICE_BATCH_SIZE {DEVICE_BATCH_SIZE} × "
-            f"{length} tokens = {tokens}"
-        )
-    if HEAD_DIM % 2 or set(WINDOW_PATTERN) - set("SL") or not WINDOW_PATTERN:
-        raise SystemExit(
-            f"HEAD_DIM {HEAD_DIM} must be even and WINDOW_PATTERN {WINDOW_PATTERN!r} of the letters S and L"
-        )
+    for works, message in (
+        (DEPTH >= 1, f"DEPTH {DEPTH} must be at least 1"),
+        (HEAD_DIM >= 32 and HEAD_DIM % 2 == 0, f"HEAD_DIM {HEAD_DIM} must be even, and 32 or more"),
+        (set(WINDOW_PATTERN or "-") <= set("SL"), f"WINDOW_PATTERN {WINDOW_PATTERN!r} must be of the letters S and L"),
+        (DEVICE_BATCH_SIZE >= 1, f"DEVICE_BATCH_SIZE {DEVICE_BATCH_SIZE} must be at least 1"),
+        (
+            tokens > 0 and TOTAL_BATCH_SIZE > 0 and TOTAL_BATCH_SIZE % tokens == 0,
+            f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} must be a multiple of DEVICE_BATCH_SIZE {DEVICE_BATCH_SIZE} rows × "
+            f"{length} = {tokens} tokens",
+        ),
+    ):
+        if not works:
+            raise SystemExit(message)
 
 
 def train_step(model: nn.Module, optimizer: MuonAdamW, batches: list) -> Tensor:
@@ -493,19 +514,22 @@ def warm_up(model: GPT, optimizer: MuonAdamW, step: Callable[[], Tensor]) -> Non
 
 def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int]:
     """Warm up with ever smaller micro-batches until one fits memory; return the model to call, optimizer and rows."""
-    rows = DEVICE_BATCH_SIZE
+    rows, length = DEVICE_BATCH_SIZE, run.corpus.seq_len
     while True:
         optimizer = build_optimizer(model, compiled and run.device.type == "cuda")
         forward = torch.compile(model, dynamic=False) if compiled else model
-        batch = next(make_dataloader(run.tokenizer, rows, run.corpus.seq_len, "train", run.seed))[:2]
+        batch = next(make_dataloader(run.tokenizer, rows, length, "train", run.seed))[:2]
+        batches = [batch] * min(2, TOTAL_BATCH_SIZE // (rows * length))  # the second comes on top of gradients
         run.status = f"warm-up{' and compile' * compiled}, micro-batches of {rows} rows"
         try:
-            warm_up(model, optimizer, partial(train_step, forward, optimizer, [batch]))
+            warm_up(model, optimizer, partial(train_step, forward, optimizer, batches))
             return forward, optimizer, rows
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise
-            rows //= 2
+            rows = next(r for r in range(rows // 2, 0, -1) if TOTAL_BATCH_SIZE % (r * length) == 0)
+            torch.compiler.reset()  # else every size counts towards the limit of recompilations
+            torch.cuda.empty_cache()
             print(f"out of memory: micro-batches of {rows} rows instead", flush=True)
         except torch._dynamo.exc.TorchDynamoException as error:
             if run.device.type == "cuda":
@@ -515,6 +539,7 @@ def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int
 
 
 def main() -> None:
+    """Run the command line."""
     with training_run(__doc__) as run:
         train(run)
 

@@ -11,8 +11,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.pop("AUTORESEARCH_CORPUS", None)
 
-import prepare  # noqa: E402  found through the line above
+import prepare  # noqa: E402  found through the lines above
+
+# The tests speak of the CPU configuration, also on a machine with a GPU; those marked gpu name their device.
+prepare.get_device = lambda: torch.device("cpu")
 
 
 def pytest_collection_modifyitems(items):
@@ -25,7 +29,6 @@ def pytest_collection_modifyitems(items):
 def cache(tmp_path_factory):
     """The cache folder of this test session, instead of the user's."""
     os.environ["AUTORESEARCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ.pop("AUTORESEARCH_CORPUS", None)
     return prepare.cache_root()
 
 
@@ -55,7 +58,7 @@ def command():
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
             cwd=cwd,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **{name: str(value) for name, value in environment.items()}},
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **{name: str(value) for name, value in environment.items()}},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -39,7 +39,7 @@ def write_bad_folder(kind, path):
         ("binary", "no text|too small"),
         ("parquet without text", r"a\.parquet: no column text; its columns are body, id"),
         ("damaged parquet", r"a\.parquet: not a readable parquet file"),
-        ("jsonl without text", r'a\.jsonl:2: expected a JSON object with the key "text"'),
+        ("jsonl without text", r'a\.jsonl:2: expected a JSON object with a text under "text"'),
         ("jsonl that is none", r"a\.jsonl:1: expected a JSON object"),
         ("too small", "too small: a few hundred KB are the least"),
     ],
@@ -63,11 +63,12 @@ def test_binary_files_among_text_are_skipped_and_said(text_folder, cache, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--corpus", "/nowhere"], "--corpus /nowhere: neither climbmix nor python, and there is no folder /nowhere"),
+        (["--corpus", "/nowhere"], "corpus /nowhere: neither climbmix nor python, and there is no folder /nowhere"),
         (["--shards", "3", "--corpus", "python"], "--shards 3 for python"),
         (["--shards", "0", "--corpus", "climbmix"], "--shards 0 for climbmix: 1 to 6542"),
         (["--shards", "many"], "invalid int value: 'many'"),
-        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["frobnicate"], "frobnicate: expected nothing to prepare, check, or log keep|discard|crash"),
+        (["log", "kept", "a run"], "log kept a run: expected nothing to prepare, check, or log"),
     ],
 )
 def test_wrong_arguments_are_explained(command, arguments, message):
@@ -139,10 +140,11 @@ def test_a_damaged_cache_is_found_and_mended(tmp_path, text_folder, monkeypatch,
     prepare.prepare(corpus)
     whole = (corpus.directory / prepare.MANIFEST).read_text()
     spoil(corpus.directory / name, how)
-    monkeypatch.setattr("sys.argv", ["prepare.py", "check", "--corpus", str(text_folder)])
     found = f"{corpus.directory / name} is {'missing' if how == 'missing' else 'damaged'}(.|\n)*uv run prepare.py"
-    with pytest.raises(SystemExit, match=found):
-        prepare.main()
+    for arguments in (["check", "--corpus", str(text_folder)], ["--corpus", str(text_folder), "check"]):
+        monkeypatch.setattr("sys.argv", ["prepare.py", *arguments])
+        with pytest.raises(SystemExit, match=found):
+            prepare.main()
     if how != "one flipped bit" or name != "train_00000.tokens":  # a bit of 80 MB is what check is for
         with pytest.raises(SystemExit, match=f"{name} is (missing|damaged)"):
             use(corpus)
@@ -164,4 +166,4 @@ def test_a_damaged_manifest_is_said(tmp_path, text_folder, monkeypatch):
 def test_check_before_anything_is_prepared_says_so(command, tmp_path, text_folder):
     result = command("prepare.py", "check", "--corpus", text_folder, AUTORESEARCH_CACHE=tmp_path / "none")
     assert result.returncode == 1
-    assert "manifest.json is missing" in result.stdout
+    assert "val_rows.bin is missing" in result.stdout

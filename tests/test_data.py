@@ -110,6 +110,11 @@ def test_the_python_corpus_holds_only_files_that_are_the_same_on_every_platform(
     assert "torch/nn/functional.py" in names
     assert not names & {"torch/version.py", "numpy/__config__.py"}
     assert all(source.path.is_file() and source.path.suffix == ".py" for source in sources)
+    # whole files are held out, also where one is over 1 % of the text
+    same = [max(sources, key=lambda source: source.size)] * 25
+    assert list(prepare.local_documents(same, "val", corpus)) == list(
+        prepare.read_documents(same[0], 4 * corpus.seq_len)
+    )
 
 
 # tokenizer
