@@ -99,14 +99,14 @@ def choose_corpus(choice: str | None = None, num_shards: int | None = None) -> t
         choice, with_cuda = ("climbmix", "with") if scale is LARGE else ("python", "without")
         why = f"the default {with_cuda} CUDA; --corpus takes climbmix, python or a folder"
     if num_shards is not None and not (choice == "climbmix" and 0 < num_shards <= CLIMBMIX_TRAIN_SHARDS):
-        raise SystemExit(f"--shards {num_shards} for {choice}: 1 to {CLIMBMIX_TRAIN_SHARDS}, and for climbmix only")
+        raise SystemExit(f"--shards {num_shards} with {choice}: only climbmix has shards, 1 to {CLIMBMIX_TRAIN_SHARDS}")
     if choice == "climbmix":
         return Corpus(choice, cache_root() / choice, **LARGE, num_shards=num_shards or 10), why
     if choice == "python":
         return Corpus(choice, cache_root() / choice, **SMALL), why
     folder = Path(choice).expanduser().resolve()
     if not folder.is_dir():
-        raise SystemExit(f"corpus {choice}: neither climbmix nor python, and there is no folder {folder}")
+        raise SystemExit(f"corpus {choice}: not climbmix, not python, and not a folder: {folder}")
     name = f"folder-{re.sub(r'[^a-zA-Z0-9_-]', '_', folder.name)}-{digest(str(folder), scale)[:8]}"
     return Corpus("folder", cache_root() / name, **scale, folder=str(folder)), why  # a CPU can't evaluate 20M tokens
 
@@ -124,7 +124,8 @@ def sha256_file(path: Path) -> str:
 
 print_once = functools.cache(functools.partial(print, flush=True))  # for what is read more than once
 SOURCE_SHA256 = sha256_file(Path(__file__))
-MAX_SEQ_LEN = choose_corpus()[0].seq_len  # tokens; for scripts that import it
+SMALL_HERE = os.environ.get("AUTORESEARCH_CORPUS") == "python" or not torch.cuda.is_available()
+MAX_SEQ_LEN = (SMALL if SMALL_HERE else LARGE)["seq_len"]  # tokens; for scripts that import it
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Download
@@ -160,11 +161,12 @@ def download(part: Path, url: str) -> None:
             if part.stat().st_size >= size:
                 part.unlink()  # whole but wrong
         except (requests.RequestException, KeyError) as error:
-            problem = f"{type(error).__name__}: {error}"
+            problem = f"{type(error).__name__}: {error}"[:150]
         print(f"{name}: {problem}{f'; next try in {wait} s' * bool(wait)}", flush=True)
         time.sleep(wait)
-    again = "What came is kept, `uv run prepare.py --corpus climbmix` goes on from there"
-    raise SystemExit(f"{url} did not arrive. {again}. Without a network: --corpus python. HF_ENDPOINT: a mirror")
+    raise SystemExit(
+        f"{url} did not arrive; the same command resumes. No network? --corpus python. A mirror? HF_ENDPOINT"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,13 +221,16 @@ def read_documents(source: Source, limit: int) -> Iterator[str]:
     if source.path.suffix.lower() == ".parquet":
         yield from read_parquet(source.path)
     elif source.path.suffix.lower() == ".jsonl":
-        with source.path.open(encoding="utf-8") as file:
+        with source.path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    yield json.loads(line)["text"].strip("\r\n")
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    where = f"{source.path}:{number}"
-                    raise SystemExit(f'{where}: expected a JSON object with a text under "text" ({error!r})') from None
+                    text = json.loads(line)["text"].encode("utf-8", "replace").decode() if line.strip() else ""
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise SystemExit(
+                        f'{source.path}:{number}: expected a JSON object with a text under "text"'
+                    ) from None
+                if text:
+                    yield text
     elif b"\0" in (data := source.path.read_bytes()):
         raise ValueError("binary")
     else:
@@ -250,7 +255,7 @@ def local_documents(sources: list[Source], split: str, corpus: Corpus) -> Iterat
     One file in 25 is held out, but of a file above 1 % of the text one document in 25; fewer of a very large corpus.
     """
     total, skipped = sum(source.size for source in sources), []
-    holdout = max(25, total // (8 * corpus.eval_tokens))
+    holdout = max(25, min(total // (8 * corpus.eval_tokens), len(sources) // 2))
     for position, source in enumerate(tqdm(sources, f"{split} text", unit=" files", disable=None, leave=False)):
         whole = corpus.name == "python" or source.size <= total / 100
         if whole and (position % holdout == holdout - 1) != (split == "val"):
@@ -276,10 +281,9 @@ BOS = SPECIAL_TOKENS[0]
 
 
 class Tokenizer:
-    """Byte-pair encoding as tiktoken runs it, of a prepared corpus; ids are below 2^16."""
+    """Byte-pair encoding of a prepared corpus. Raises SystemExit if its file is not the manifest's."""
 
     def __init__(self, corpus: Corpus):
-        """Load from the cache. Raises SystemExit if the file there is not the manifest's."""
         self.corpus, saved = corpus, json.loads(verified(corpus, "tokenizer.json"))
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
         special = {token: len(ranks) + i for i, token in enumerate(saved["special"])}  # after all other ids
@@ -287,10 +291,8 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding("autoresearch", **rules)
 
     @classmethod
-    def from_directory(cls, directory: str | Path | None = None) -> "Tokenizer":
-        """Load the tokenizer of a place in the cache, by default of the corpus that a run would take."""
-        if directory is not None:
-            return cls(Corpus(directory=Path(directory), **read_manifest(Path(directory))["corpus"]))
+    def from_directory(cls) -> "Tokenizer":
+        """Load the tokenizer of the corpus that a run would take."""
         corpus, _ = choose_corpus()
         prepare(corpus)
         return cls(corpus)
@@ -323,6 +325,8 @@ class Tokenizer:
 
 def train_tokenizer(part: Path, documents: Iterable[str], vocab_size: int) -> None:
     """Train byte-pair merges on the first 10,000 characters of each document."""
+    if not (documents := list(documents)):
+        raise SystemExit(f"there is no text that could be read. {TOO_SMALL}")
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(
         (text[:10_000] for text in documents), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN
@@ -339,7 +343,7 @@ MANIFEST = "manifest.json"
 
 
 def read_manifest(directory: Path) -> dict:
-    """{"corpus": settings, "made_from": digest, "files": {name: {"size", "sha256"}}} of a place in the cache."""
+    """{"made_from": digest, "files": {name: {"size", "sha256"}}} of a place in the cache."""
     path = directory / MANIFEST
     try:
         return json.loads(path.read_text()) if path.exists() else {"files": {}}
@@ -367,7 +371,7 @@ def verified(corpus: Corpus, name: str) -> bytes:
     """Return the content of a prepared file. Raises SystemExit if it is missing or its sha256 is not the manifest's."""
     path, entry = corpus.directory / name, read_manifest(corpus.directory)["files"].get(name)
     if problem := damage(path, entry, thorough=True):
-        raise SystemExit(f"{path} is {problem}. `uv run prepare.py` mends it")
+        raise SystemExit(f"{path} is {problem}. `uv run prepare.py`, with the same --corpus, mends it")
     return path.read_bytes()
 
 
@@ -378,7 +382,7 @@ def ensure(directory: Path, manifest: dict, thorough: bool, name: str, make: Cal
     if (problem := damage(path, entry, thorough)) is None:
         return path
     if entry and not thorough:
-        raise SystemExit(f"{path} is {problem}. `uv run prepare.py` mends it")
+        raise SystemExit(f"{path} is {problem}. `uv run prepare.py`, with the same --corpus, mends it")
     try:
         with contextlib.nullcontext() if sys.stdout.isatty() else status_line(lambda: f"making {name}"):  # else: a bar
             make(part)
@@ -391,15 +395,12 @@ def ensure(directory: Path, manifest: dict, thorough: bool, name: str, make: Cal
     part.write_text(json.dumps(manifest, indent=1))
     put_in_place(part, directory / MANIFEST)
     size, seconds = path.stat().st_size / 1e6, time.perf_counter() - begin
-    print(f"{name}: {size:.1f} MB in {seconds:.1f} s{f' (it was {problem})' if entry else ''}", flush=True)
+    print(f"{name}: {size:.2f} MB in {seconds:.1f} s{f' (it was {problem})' if entry else ''}", flush=True)
     return path
 
 
 def prepare(corpus: Corpus, thorough: bool = False) -> None:
-    """Make what is missing of a corpus. Safe to kill, to run again, and to run twice at once.
-
-    Raises SystemExit for a file of the wrong size; with `thorough` every file is read, and a damaged one made again.
-    """
+    """Make what is missing of a corpus, if `thorough` also what is damaged. Safe to kill and to run twice at once."""
     with explained_disk_errors(corpus.directory), locked(corpus.directory / "lock", "waiting for it", wait=True):
         build(corpus, thorough)
 
@@ -426,12 +427,11 @@ def locked(path: Path, advice: str, wait: bool) -> Iterator[None]:
 
 
 def build(corpus: Corpus, thorough: bool) -> None:
-    """Make the files of a corpus: the shards to download, tokenizer.json, val_rows.bin, train_*.tokens."""
+    """Make the files of a corpus: shards to download, tokenizer.json, val_rows.bin, train_*.tokens."""
     sources = [] if corpus.name == "climbmix" else find_sources(corpus)
-    settings = {name: value for name, value in vars(corpus).items() if name != "directory"}
-    stamps = [(source.name, source.size, source.stamp) for source in sources]
-    made_from = digest(SOURCE_SHA256, corpus.vocab_size, corpus.seq_len, corpus.eval_tokens, stamps)
-    manifest = {"files": {}} | read_manifest(corpus.directory) | {"corpus": settings}
+    scale = (corpus.vocab_size, corpus.seq_len, corpus.eval_tokens)
+    made_from = digest(SOURCE_SHA256, scale, [(source.name, source.size, source.stamp) for source in sources])
+    manifest = read_manifest(corpus.directory)
     if manifest.setdefault("made_from", made_from) != made_from:
         print(f"{corpus.directory} was made by another prepare.py or from other text: making it again", flush=True)
         shards = {name: entry for name, entry in manifest["files"].items() if name.endswith(".parquet")}
@@ -485,10 +485,8 @@ def explained_disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        there = next(folder for folder in (directory, *directory.parents) if folder.is_dir())
-        free = f"{shutil.disk_usage(there).free / 1e9:.1f} GB free"
         advice = "Free some space, or set AUTORESEARCH_CACHE to a folder that can be written. Finished files are kept"
-        raise SystemExit(f"can't write to {directory}: {error} ({free}). {advice}") from None
+        raise SystemExit(f"can't write to {directory}: {error}. {advice}") from None
 
 
 def harness_fingerprint(corpus: Corpus) -> str:
@@ -577,16 +575,13 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, seed: int 
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluator
 
-PROBE_TOLERANCE = 1e-2  # a causal model's logits move by less, if at all, when later tokens or other rows change
-
 
 @torch.no_grad()
 def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
     """Bits per byte of the model on the validation rows; unlike the loss it is the same thing for every vocabulary.
 
-    `model(x)` gets ids, int64 (B, T), never targets, and returns logits, (B, T, vocab). The cross-entropy is computed
-    here, in float32, and summed in float64; tokens of no bytes (specials) count neither as bits nor as bytes. A batch
-    that does not fit memory is halved. Raises ValueError for logits that can't be those of a language model.
+    `model(x)` gets ids, int64 (B, T), never targets, and returns logits, (B, T, vocab), else ValueError. Cross-entropy
+    is computed here in float32, summed in float64, without tokens of no bytes (specials). A batch too big is halved.
     """
     corpus, tokenizer = tokenizer.corpus, Tokenizer(tokenizer.corpus)  # the one on disk, whatever was handed in
     device = next((p.device for p in model.parameters()), get_device())
@@ -599,13 +594,12 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
             real = len(batch)
             batch = F.pad(batch, (0, 0, 0, batch_size - real))  # one shape: nothing is compiled twice
             x, y = batch[:, :-1].contiguous(), batch[:real, 1:].contiguous()
-            logits = checked_logits(model(x), x, tokenizer.get_vocab_size(), done)
-            losses = F.cross_entropy(logits[:real].flatten(0, 1).float(), y.flatten(), reduction="none")
-            sizes = token_bytes[y.flatten()]
+            losses_of = functools.partial(token_losses, model, y, tokenizer.get_vocab_size(), done)
+            losses, sizes = losses_of(x), token_bytes[y]
+            if done == 0 or random.SystemRandom().random() < 4 * batch_size / len(rows):  # no model knows which
+                probe(losses_of, x, losses, done)
             nats += losses[sizes > 0].sum(dtype=torch.float64).item()
             size += sizes.sum().item()
-            if done == 0 or random.SystemRandom().random() < 4 * batch_size / len(rows):  # no model knows which
-                probe(model, x, logits[:real])
             done += real
         except torch.OutOfMemoryError:
             if batch_size == 1:
@@ -615,29 +609,29 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
     return nats / math.log(2) / size
 
 
-def checked_logits(logits: object, x: torch.Tensor, vocab_size: int, first_row: int) -> torch.Tensor:
-    """Return the logits. Raises ValueError if they are not finite floats of shape (B, T, vocab)."""
+def token_losses(model: torch.nn.Module, y: torch.Tensor, vocab: int, first_row: int, x: torch.Tensor) -> torch.Tensor:
+    """Nats of each target, float32, in y's shape; y lacks rows that only pad x. Raises ValueError for bad logits."""
+    logits = model(x)
     shape = getattr(logits, "shape", None)
-    if shape != (*x.shape, vocab_size) or not logits.is_floating_point():
+    if shape != (*x.shape, vocab) or not logits.is_floating_point():
         seen = f"{logits.dtype} {tuple(shape)}" if shape is not None else type(logits).__name__
-        raise ValueError(f"model(x) must return floating-point logits {(*x.shape, vocab_size)}; it returned {seen}")
+        raise ValueError(f"model(x) must return floating-point logits {(*x.shape, vocab)}; it returned {seen}")
     if not logits.sum().isfinite() and not (finite := logits.isfinite()).all():
         row, position, token = (~finite).nonzero()[0].tolist()
         where = f"validation row {first_row + row}, position {position}, token {token}"
         raise ValueError(f"a logit is not finite: {logits[row, position, token].item()} at {where}")
-    return logits
+    return F.cross_entropy(logits[: len(y)].flatten(0, 1).float(), y.flatten(), reduction="none").view_as(y)
 
 
-def probe(model: torch.nn.Module, x: torch.Tensor, logits: torch.Tensor) -> None:
-    """Raise ValueError if a row's logits up to a random position depend on what comes after it or stands beside it."""
-    row, last = random.SystemRandom().randrange(len(logits)), random.SystemRandom().randrange(x.shape[1] - 1)
-    before = logits[row, : last + 1].float().clone()
-    changed = (x + 1) % logits.shape[-1]  # every token but those that the logits in question may depend on
-    changed[row, : last + 1] = x[row, : last + 1]
-    moved = (model(changed)[row, : last + 1].float() - before).abs().amax(-1)
-    if not moved.max() <= PROBE_TOLERANCE:
-        where = f"the logits of row {row}, position {moved.argmax().item()} move by {moved.max().item():.3g}"
-        what = f"when only tokens after position {last} and other rows change: the model sees what it has to predict"
+def probe(losses_of: Callable, x: torch.Tensor, losses: torch.Tensor, first_row: int) -> None:
+    """Raise ValueError if losses up to a random position of each row move when all that comes later changes."""
+    last = [random.SystemRandom().randrange(x.shape[1] - 1) for _ in x]
+    kept = torch.arange(x.shape[1], device=x.device) <= torch.tensor(last, device=x.device)[:, None]
+    moved = (losses_of(torch.where(kept, x, (x + 1) % (x.max() + 1))) - losses).abs() * kept[: len(losses)]
+    if not moved.max() <= 1e-2:  # nats; those of a causal model move by less, if at all
+        row, position = divmod(moved.argmax().item(), x.shape[1])
+        where = f"at validation row {first_row + row}, position {position} the loss moves by {moved.max().item():.3g}"
+        what = f"when only tokens after position {last[row]} change: the model sees what it has to predict"
         raise ValueError(f"{where} {what}. Mend mask, window or shift")
 
 
@@ -648,11 +642,11 @@ def probe(model: torch.nn.Module, x: torch.Tensor, logits: torch.Tensor) -> None
 @contextlib.contextmanager
 def status_line(status: Callable[[], str]) -> Iterator[None]:
     """Show what `status` returns while the block runs: live on a terminal, elsewhere a line every 12 s."""
-    live, done = sys.stdout.isatty(), threading.Event()
+    live, done, begin = sys.stdout.isatty(), threading.Event(), time.perf_counter()
 
     def show() -> None:
         while not done.wait(0.2 if live else 12.0):
-            line = status()[: shutil.get_terminal_size().columns - 1]
+            line = f"{status()} ({time.perf_counter() - begin:.0f} s)"[: shutil.get_terminal_size().columns - 1]
             print(f"\033[K{line}\r" if live else f"{line}\n", end="", flush=True)
 
     thread = threading.Thread(target=show, daemon=True)
@@ -698,8 +692,8 @@ class Run:
 
     def finish(self, val_bpb: float, steps: int, tokens: int, params: int, depth: int, mfu_percent: float) -> None:
         """Complete the summary. Its nine lines are an interface: other scripts grep them."""
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes on macOS, KiB on Linux
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB on Linux
+        resident /= 2**20 if sys.platform == "darwin" else 2**10
         peak = torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else resident
         self.summary = {
             "val_bpb": f"{val_bpb:.6f}",
@@ -737,39 +731,46 @@ def training_run(description: str | None) -> Iterator[Run]:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(arguments.seed)
         source = (ROOT / "train.py").read_text()
-        committed = git("show", "HEAD:./train.py") == source.strip()
         record = {"id": f"{time.time_ns()}-{os.getpid()}", "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        record |= {"repository": str(ROOT), "commit": git("rev-parse", "HEAD"), "train_committed": committed}
-        record |= {"train_sha256": hashlib.sha256(source.encode()).hexdigest(), "train_source": source}
-        record |= {"harness": harness_fingerprint(corpus), "seed": arguments.seed, "device": name, "status": "crash"}
+        record |= {"repository": str(ROOT), "commit": git("rev-parse", "HEAD"), "train_source": source}
+        digests = {"train_sha256": hashlib.sha256(source.encode()).hexdigest(), "harness": harness_fingerprint(corpus)}
+        record |= digests | {"train_committed": git("show", "HEAD:./train.py") == source.strip()}
+        record |= {"seed": arguments.seed, "device": name}
         run = Run(corpus, Tokenizer(corpus), device, arguments.seed)
         try:
             with status_line(lambda: run.status):
                 yield run
-            assert run.summary, "train.py ended without calling run.finish: there is no val_bpb"
-            record |= {name: float(value) for name, value in run.summary.items()} | {"status": "finished"}
+            if not run.summary or record["harness"] != harness_fingerprint(corpus):
+                raise RuntimeError(
+                    "no val_bpb: train.py did not call run.finish, or the corpus was made anew meanwhile"
+                )
         except BaseException as error:
-            record["status"] = "stopped" if isinstance(error, KeyboardInterrupt) else "crash"
+            record |= {"status": "stopped" if isinstance(error, KeyboardInterrupt) else "crash"}
             record["traceback"] = "".join(traceback.format_exception(error)).splitlines()[-20:]
+            if isinstance(error, KeyboardInterrupt):
+                raise SystemExit(f"stopped, at: {run.status}") from None
             raise
+        else:
+            record |= {name: float(value) for name, value in run.summary.items()} | {"status": "finished"}
+            summary = run.summary | {"harness": record["harness"], "seed": run.seed}
+            print("---", *(f"{name + ':':<18}{value}" for name, value in summary.items()), sep="\n", flush=True)
         finally:
             append_line("runs.jsonl", record)
-            faulthandler.cancel_dump_traceback_later()
-        summary = run.summary | {"harness": record["harness"], "seed": run.seed}
-        print("---", *(f"{name + ':':<18}{value}" for name, value in summary.items()), sep="\n")
 
 
 def git(*arguments: str) -> str:
-    """Output of a git command in this repository, empty if it fails."""
-    result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    """Output of a git command in this repository, empty if it fails or there is no git."""
+    result = subprocess.run(["env", "git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def append_line(name: str, record: dict) -> None:
     """Append one line of JSON, whole, to a file in the cache folder, and flush it to disk."""
-    with (cache_root() / name).open("ab", buffering=0) as file:
+    with (cache_root() / name).open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.write((json.dumps(record) + "\n").encode())
+        torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"  # a write was cut short
+        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+        file.flush()
         os.fsync(file.fileno())
 
 
@@ -780,7 +781,7 @@ def append_line(name: str, record: dict) -> None:
 def read_lines(name: str) -> list[dict]:
     """Read the JSON lines of a file in the cache folder that concern this repository."""
     lines = (cache_root() / name).read_text().splitlines() if (cache_root() / name).exists() else []
-    return [line for line in map(json.loads, lines) if line["repository"] == str(ROOT)]
+    return [run for line in lines if line.endswith("}") and (run := json.loads(line))["repository"] == str(ROOT)]
 
 
 def log(status: str, description: str) -> None:
@@ -796,8 +797,7 @@ def log(status: str, description: str) -> None:
     bpb, memory = (run["val_bpb"], run["peak_vram_mb"] / 1024) if finished and status != "crash" else (0.0, 0.0)
     row = f"{run['commit'][:7]}\t{bpb:.6f}\t{memory:.1f}\t{status}\t{description}"
     ledger, part = ROOT / "results.tsv", ROOT / ".results.tsv.part"
-    before = ledger.read_text()
-    part.write_text(before.rstrip("\n") + f"\n{row}\n")
+    part.write_text((before := ledger.read_text()).rstrip("\n") + f"\n{row}\n")
     put_in_place(part, ledger)
     commit = ["git", "-C", str(ROOT), "commit", "-q", "-m", f"log {status}: {description}", "--", "results.tsv"]
     if subprocess.run(commit).returncode:
@@ -838,7 +838,7 @@ def main() -> None:
         files = dict.fromkeys(names) | read_manifest(corpus.directory)["files"]
         problems = {corpus.directory / name: damage(corpus.directory / name, files[name], True) for name in files}
         if lines := [f"{path} is {problem}" for path, problem in problems.items() if problem]:
-            raise SystemExit("\n".join([*lines, "`uv run prepare.py` mends it"]))
+            raise SystemExit("\n".join([*lines, "`uv run prepare.py`, with the same --corpus, mends it"]))
     else:
         prepare(corpus, thorough=True)
     size = sum(entry["size"] for entry in read_manifest(corpus.directory)["files"].values())

@@ -557,6 +557,8 @@ def train(run: Run) -> None:
     print(f"precision: {str(dtype)[6:]}, {'compiled' if compiled else 'not compiled'} ({why})")
     print(f"attention: {backend} ({attention_why})")
     print(f"model: {config.depth} blocks of width {config.width}, {num_params / 1e6:.1f}M parameters", flush=True)
+    if not peak_flops(device):
+        print("mfu_percent: will be 0.00, the peak of this device is not known", flush=True)
     forward, optimizer, rows = fit(run, model, compiled)
     micro_batches = TOTAL_BATCH_SIZE // (rows * length)
     print(f"step: {TOTAL_BATCH_SIZE} tokens in {micro_batches} micro-batches of {rows} rows of {length}", flush=True)
@@ -584,7 +586,6 @@ def train(run: Run) -> None:
     run.status = f"evaluating after {step} steps"
     val_bpb = evaluate_bpb(forward, run.tokenizer, rows)
     tokens, peak = step * TOTAL_BATCH_SIZE, peak_flops(device)
-    print("" if peak else "mfu_percent is 0.00: the peak of this device is not known\n", end="")
     mfu = 100 * model.flops_per_token() * tokens / run.seconds / peak if peak else 0.0
     run.finish(val_bpb, step, tokens, num_params, config.depth, mfu)
 

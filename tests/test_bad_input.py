@@ -36,7 +36,7 @@ def write_bad_folder(kind, path):
     ("kind", "message"),
     [
         ("empty", r"no text in it\. Read are, at any depth: .*\.jsonl"),
-        ("binary", "no text|too small"),
+        ("binary", "there is no text that could be read"),
         ("parquet without text", r"a\.parquet: no column text; its columns are body, id"),
         ("damaged parquet", r"a\.parquet: not a readable parquet file"),
         ("jsonl without text", r'a\.jsonl:2: expected a JSON object with a text under "text"'),
@@ -63,9 +63,9 @@ def test_binary_files_among_text_are_skipped_and_said(text_folder, cache, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--corpus", "/nowhere"], "corpus /nowhere: neither climbmix nor python, and there is no folder /nowhere"),
-        (["--shards", "3", "--corpus", "python"], "--shards 3 for python"),
-        (["--shards", "0", "--corpus", "climbmix"], "--shards 0 for climbmix: 1 to 6542"),
+        (["--corpus", "/nowhere"], "corpus /nowhere: not climbmix, not python, and not a folder: /nowhere"),
+        (["--shards", "3", "--corpus", "python"], "--shards 3 with python: only climbmix has shards"),
+        (["--shards", "0", "--corpus", "climbmix"], "--shards 0 with climbmix: only climbmix has shards, 1 to 6542"),
         (["--shards", "many"], "invalid int value: 'many'"),
         (["frobnicate"], "frobnicate: expected nothing to prepare, check, or log keep|discard|crash"),
         (["log", "kept", "a run"], "log kept a run: expected nothing to prepare, check, or log"),

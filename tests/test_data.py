@@ -76,7 +76,9 @@ def test_of_a_single_large_file_one_document_in_25_is_held_out(tmp_path):
 
 def test_every_kind_of_file_is_read_and_hidden_ones_are_not(tmp_path):
     (tmp_path / "a.txt").write_text("from txt")
-    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "from jsonl", "id": 1}) + "\n")
+    (tmp_path / "b.jsonl").write_text(
+        "\ufeff" + json.dumps({"text": "from jsonl", "id": 1}) + "\n\n" + '{"text": ""}\n'
+    )
     pq.write_table(pa.table({"text": ["from parquet", None, ""], "n": [1, 2, 3]}), tmp_path / "c.parquet")
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "d.txt").write_text("hidden")
@@ -115,6 +117,12 @@ def test_the_python_corpus_holds_only_files_that_are_the_same_on_every_platform(
     assert list(prepare.local_documents(same, "val", corpus)) == list(
         prepare.read_documents(same[0], 4 * corpus.seq_len)
     )
+
+
+def test_a_corpus_of_fewer_files_than_one_in_so_many_still_has_validation_text(tmp_path):
+    corpus, _ = prepare.choose_corpus(str(make_folder(tmp_path, files=110, lines=3)))
+    sources = [prepare.Source(s.path, s.name, 5_000_000, s.stamp) for s in prepare.find_sources(corpus)]
+    assert list(prepare.local_documents(sources, "val", corpus))
 
 
 # tokenizer

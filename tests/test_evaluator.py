@@ -83,6 +83,38 @@ def test_a_batch_that_does_not_fit_memory_is_halved(short, tokenizer):
     assert sizes[:3] == [8, 4, 2]
 
 
+def test_a_model_that_reuses_its_output_is_judged_as_one_that_does_not(short, tokenizer):
+    model, buffer = Causal(tokenizer.get_vocab_size()), {}
+
+    class Reusing(nn.Module):
+        def __init__(self, leak):
+            super().__init__()
+            self.leak = leak
+
+        def forward(self, ids):
+            logits = model(ids) + self.leak * nn.functional.one_hot(ids.roll(-1, 1), tokenizer.get_vocab_size())
+            return buffer.setdefault(ids.shape, torch.empty_like(logits)).copy_(logits)
+
+    expected = prepare.evaluate_bpb(model, tokenizer, 4)
+    assert prepare.evaluate_bpb(Reusing(0.0), tokenizer, 4) == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match="sees what it has to predict"):
+        prepare.evaluate_bpb(Reusing(5.0), tokenizer, 4)
+
+
+def test_running_out_of_memory_in_a_probe_counts_no_row_twice(short, tokenizer):
+    model, calls = Causal(tokenizer.get_vocab_size()), []
+
+    class Tight(nn.Module):
+        def forward(self, ids):
+            calls.append(len(ids))
+            if len(calls) == 2:  # the first probe
+                raise torch.OutOfMemoryError("no room for another forward pass")
+            return model(ids)
+
+    expected = prepare.evaluate_bpb(model, tokenizer, 4)
+    assert prepare.evaluate_bpb(Tight(), tokenizer, 8) == pytest.approx(expected, abs=1e-6)
+
+
 def cheat(name, vocab_size):
     honest = Causal(vocab_size)
     shapes = {
@@ -94,8 +126,11 @@ def cheat(name, vocab_size):
         "nan": lambda ids: honest(ids).masked_fill(ids[..., None] == ids[0, 5], math.nan),
         "infinite": lambda ids: honest(ids).masked_fill(ids[..., None] == ids[0, 5], math.inf),
         "sees the next token": lambda ids: honest(ids) + 0.1 * nn.functional.one_hot(ids.roll(-1, 1), vocab_size),
-        "sees the whole row": lambda ids: honest(ids) + honest.embedding(ids).mean((1, 2), keepdim=True),
-        "sees other rows": lambda ids: honest(ids) + honest.embedding(ids).mean((0, 2), keepdim=True).cumsum(1),
+        "sees the next token now and then": lambda ids: (
+            honest(ids) + 0.1 * nn.functional.one_hot(ids.roll(-1, 1), vocab_size) * (torch.arange(64)[:, None] % 2)
+        ),
+        "sees the whole row": lambda ids: honest(ids) + honest.head(honest.embedding(ids).mean(1, keepdim=True)),
+        "sees other rows": lambda ids: honest(ids) + honest.head(honest.embedding(ids).mean(0, keepdim=True)),
     }
 
     class Cheat(nn.Module):
@@ -116,6 +151,7 @@ def cheat(name, vocab_size):
         ("nan", "not finite: nan at validation row 0, position"),
         ("infinite", "not finite: inf at validation row 0, position"),
         ("sees the next token", "the model sees what it has to predict"),
+        ("sees the next token now and then", "the model sees what it has to predict"),
         ("sees the whole row", "the model sees what it has to predict"),
         ("sees other rows", "the model sees what it has to predict"),
     ],

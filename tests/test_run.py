@@ -166,8 +166,67 @@ def test_nothing_to_log_is_said(command, clone):
     assert "nothing to log" in result.stdout
 
 
-def test_a_script_of_the_family_finds_the_names_it_imports(tokenizer):
+def test_a_script_of_the_family_finds_the_names_it_imports():
     names = ("MAX_SEQ_LEN", "TIME_BUDGET", "Tokenizer", "make_dataloader", "evaluate_bpb")
     assert all(hasattr(prepare, name) for name in names)
     assert (prepare.choose_corpus()[0].seq_len, 300) == (prepare.MAX_SEQ_LEN, prepare.TIME_BUDGET)
-    assert prepare.Tokenizer.from_directory(tokenizer.corpus.directory).encode("a b") == tokenizer.encode("a b")
+
+
+FAMILY = """
+import torch
+from prepare import MAX_SEQ_LEN, TIME_BUDGET, Tokenizer, evaluate_bpb, make_dataloader
+
+tokenizer = Tokenizer.from_directory()
+vocab_size = tokenizer.get_vocab_size()
+model = torch.nn.Sequential(torch.nn.Embedding(vocab_size, 16), torch.nn.Linear(16, vocab_size))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+loader = make_dataloader(tokenizer, 4, MAX_SEQ_LEN, "train")
+for step in range(20):
+    x, y, epoch = next(loader)
+    loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(f"seen {TIME_BUDGET} {evaluate_bpb(model, tokenizer, 64):.4f}")
+"""
+
+
+def test_a_script_of_the_family_runs_unmodified(command, folder, corpus):
+    result = command("-c", FAMILY, AUTORESEARCH_CORPUS=folder)
+    budget, val_bpb = re.search(r"seen (\d+) (\S+)", result.stdout).groups()
+    assert int(budget) == 300
+    assert 0.5 < float(val_bpb) < math.log2(corpus.vocab_size) / 2
+
+
+def test_a_record_that_was_cut_short_costs_no_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
+    run = {"id": "1", "repository": str(prepare.ROOT)}
+    prepare.append_line("runs.jsonl", run)
+    with (tmp_path / "runs.jsonl").open("a") as file:
+        file.write('{"id": "2", "repo')
+    prepare.append_line("runs.jsonl", run | {"id": "3"})
+    assert [line["id"] for line in prepare.read_lines("runs.jsonl")] == ["1", "3"]
+
+
+def test_what_git_does_not_commit_is_not_logged_and_can_be_logged_later(command, clone, folder, corpus):
+    record = {"id": "1", "time": "", "repository": str(clone), "commit": git(clone, "rev-parse", "HEAD")}
+    record |= {"status": "finished", "val_bpb": 1.25, "peak_vram_mb": 1536.0, "train_committed": True}
+    prepare.append_line("runs.jsonl", record)
+    (clone / ".git" / "index.lock").touch()
+    refused = command("prepare.py", "log", "keep", "first", cwd=clone)
+    assert refused.returncode == 1
+    assert "nothing was logged" in refused.stdout
+    assert (clone / "results.tsv").read_text().count("\n") == 1
+    (clone / ".git" / "index.lock").unlink()
+    assert command("prepare.py", "log", "keep", "first", cwd=clone).returncode == 0
+    assert (clone / "results.tsv").read_text().splitlines()[1].split("\t")[1:] == ["1.250000", "1.5", "keep", "first"]
+
+
+def test_a_run_that_is_stopped_says_so_in_a_line(command, clone, folder, corpus):
+    change = f"{UNCOMPILED}; {SMALLER}; train.evaluate_bpb = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)"
+    result = command("-c", SHORT.format(change=change), "--corpus", folder, cwd=clone)
+    assert result.returncode == 1
+    assert "stopped, at: evaluating after" in result.stdout
+    assert "Traceback" not in result.stdout
+    (record,) = records(clone)
+    assert record["status"] == "stopped"
