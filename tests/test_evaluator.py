@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -25,9 +26,15 @@ class Causal(nn.Module):
 
 
 @pytest.fixture
-def short(corpus, monkeypatch):
-    """The corpus with 11 of its validation rows, cut to 64 tokens, so that a loop over every token is quick."""
-    rows = prepare.read_val_rows(corpus)[:11, :65].copy()
+def short(corpus, tokenizer, monkeypatch):
+    """11 pieces of 65 tokens of the validation rows, with a BOS among the targets: a loop over all is quick."""
+    bos, pieces = tokenizer.get_bos_token_id(), []
+    for row in prepare.read_val_rows(corpus):
+        for at in np.flatnonzero(row[1:] == bos)[:1]:
+            begin = min(max(at - 10, 0), len(row) - 65)
+            pieces.append(row[begin : begin + 65])
+    rows = np.stack(pieces[:11])
+    assert rows.shape == (11, 65)
     monkeypatch.setattr(prepare, "read_val_rows", lambda corpus: rows)
     return rows
 
