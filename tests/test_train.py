@@ -190,6 +190,17 @@ def test_orthogonalize_gives_what_an_svd_gives(shape, dtype):
     assert (seen - torch.diag_embed(diagonal)).abs().max() < (1e-3 if dtype == torch.float32 else 0.1)
 
 
+@pytest.fixture
+def exact_svd(monkeypatch):
+    """Muon with an exact SVD in place of the polynomials, so that all the rest of it can be compared closely."""
+
+    def exact(g, dtype):
+        u, _, vt = torch.linalg.svd(g, full_matrices=False)
+        return u @ vt
+
+    monkeypatch.setattr(train, "orthogonalize", exact)
+
+
 def muon_by_hand(p, gradients, lr, momentum, decay, beta2):
     """Muon, NorMuon and cautious decay for one matrix, in float64, neuron by neuron, with an exact SVD."""
     p, velocity, variance = p.copy(), np.zeros_like(p), np.zeros(max(p.shape))
@@ -209,12 +220,7 @@ def muon_by_hand(p, gradients, lr, momentum, decay, beta2):
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
-def test_muon_is_what_its_papers_say(shape, monkeypatch):
-    def exact(g, dtype):
-        u, _, vt = torch.linalg.svd(g, full_matrices=False)
-        return u @ vt
-
-    monkeypatch.setattr(train, "orthogonalize", exact)
+def test_muon_is_what_its_papers_say(shape, exact_svd):
     rng = np.random.default_rng(0)
     matrices, gradients = rng.normal(size=(2, *shape)), rng.normal(size=(5, 2, *shape))
     stack, velocity = torch.from_numpy(matrices).float(), torch.zeros(2, *shape)
@@ -227,12 +233,7 @@ def test_muon_is_what_its_papers_say(shape, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [float, torch.tensor])
-def test_a_step_of_the_optimizer_updates_every_matrix_of_a_shape_as_muon_does(number, monkeypatch):
-    def exact(g, dtype):
-        u, _, vt = torch.linalg.svd(g, full_matrices=False)
-        return u @ vt
-
-    monkeypatch.setattr(train, "orthogonalize", exact)
+def test_a_step_of_the_optimizer_updates_every_matrix_of_a_shape_as_muon_does(number, exact_svd):
     rng = np.random.default_rng(1)
     params = [torch.nn.Parameter(torch.from_numpy(rng.normal(size=(48, 16))).float()) for _ in range(3)]
     gradients = rng.normal(size=(4, 3, 48, 16))
