@@ -9,7 +9,6 @@ uv run prepare.py log keep "what"      write the last run into results.tsv and c
 import argparse
 import base64
 import contextlib
-import csv
 import faulthandler
 import fcntl
 import functools
@@ -23,17 +22,20 @@ import random
 import re
 import resource
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from bisect import bisect_left, insort
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -47,11 +49,11 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 TIME_BUDGET = 300  # seconds of training in every run
+LATE = 30  # seconds that the last step may take beyond them
 RUN_LIMIT = 600  # seconds after which a run ends itself, whatever it is doing
 SEED = 42
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Corpora
+# Corpora --------------------------------------------------------------------------------------------------------------
 
 CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"
 CLIMBMIX_REVISION = "main"  # until a commit is known; the manifest pins what came by its sha256
@@ -127,8 +129,7 @@ SOURCE_SHA256 = sha256_file(Path(__file__))
 SMALL_HERE = os.environ.get("AUTORESEARCH_CORPUS") == "python" or not torch.cuda.is_available()
 MAX_SEQ_LEN = (SMALL if SMALL_HERE else LARGE)["seq_len"]  # tokens; for scripts that import it
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Download
+# Download -------------------------------------------------------------------------------------------------------------
 
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)
 STALL_SECONDS = 30
@@ -165,16 +166,14 @@ def download(part: Path, url: str) -> None:
         print(f"{name}: {problem}{f'; next try in {wait} s' * bool(wait)}", flush=True)
         time.sleep(wait)
     raise SystemExit(
-        f"{url} did not arrive; the same command resumes. No network? --corpus python. A mirror? HF_ENDPOINT"
+        f"{url} did not arrive. The same command resumes. No network? --corpus python. A mirror? HF_ENDPOINT"
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Documents
+# Documents ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A file of a local corpus. The order of files, and so the split, depends on nothing but their names."""
 
     path: Path
@@ -187,10 +186,10 @@ def find_sources(corpus: Corpus) -> list[Source]:
     """List the files of a local corpus in a fixed shuffled order. Raises SystemExit if there are none."""
     sources, suffixes = [], {*TEXT_SUFFIXES.split(), ".parquet", ".jsonl"}
     for package in PYTHON_PACKAGES.split() if corpus.name == "python" else ():
-        distribution = importlib.metadata.distribution(package)
-        for name, sha256, size in csv.reader(distribution.read_text("RECORD").splitlines()):
-            if name.endswith(".py") and sha256 and name not in PYTHON_LEFT_OUT and not name.startswith(".."):
-                sources.append(Source(Path(distribution.locate_file(name)), name, int(size), sha256))
+        for file in importlib.metadata.files(package):
+            name, kept = str(file), file.suffix == ".py" and file.hash and file.parts[0] != ".."
+            if kept and name not in PYTHON_LEFT_OUT:
+                sources.append(Source(Path(file.locate()), name, file.size, file.hash.value))
     for folder, folders, names in os.walk(corpus.folder) if corpus.folder else ():
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
@@ -216,37 +215,33 @@ def split_text(text: str, limit: int) -> Iterator[str]:
         start = end
 
 
-def read_documents(source: Source, limit: int) -> Iterator[str]:
-    """Yield the documents of one file of a local corpus. Raises ValueError if it is not text, OSError if unreadable."""
-    if source.path.suffix.lower() == ".parquet":
-        yield from read_parquet(source.path)
-    elif source.path.suffix.lower() == ".jsonl":
-        with source.path.open(encoding="utf-8-sig") as file:
+def read_documents(path: Path, limit: int) -> Iterator[str]:
+    """Yield the documents of a file, streaming; those of plain text are cut to `limit` characters.
+
+    Raises ValueError if it is not text, OSError if it is unreadable, SystemExit for other than the format's documents.
+    """
+    if path.suffix.lower() == ".parquet":
+        try:
+            with pq.ParquetFile(path) as file:
+                if "text" not in file.schema_arrow.names:
+                    raise SystemExit(f"{path}: no column text; its columns are {', '.join(file.schema_arrow.names)}")
+                for batch in file.iter_batches(1024, columns=["text"]):
+                    yield from (str(text) for text in batch.column(0).to_pylist() if text)
+        except (pa.ArrowException, OSError) as error:
+            raise SystemExit(f"{path}: not a readable parquet file ({error})") from None
+    elif path.suffix.lower() == ".jsonl":
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 try:
                     text = json.loads(line)["text"].encode("utf-8", "replace").decode() if line.strip() else ""
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    raise SystemExit(
-                        f'{source.path}:{number}: expected a JSON object with a text under "text"'
-                    ) from None
+                    raise SystemExit(f'{path}:{number}: expected a JSON object with a text under "text"') from None
                 if text:
                     yield text
-    elif b"\0" in (data := source.path.read_bytes()):
+    elif b"\0" in (data := path.read_bytes()):
         raise ValueError("binary")
     else:
         yield from split_text(data.decode("utf-8"), limit)
-
-
-def read_parquet(path: Path) -> Iterator[str]:
-    """Yield column `text` of a parquet file, streaming. Raises SystemExit if it can't be read or has no such column."""
-    try:
-        with pq.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise SystemExit(f"{path}: no column text; its columns are {', '.join(file.schema_arrow.names)}")
-            for batch in file.iter_batches(1024, columns=["text"]):
-                yield from (str(text) for text in batch.column(0).to_pylist() if text)
-    except (pa.ArrowException, OSError) as error:
-        raise SystemExit(f"{path}: not a readable parquet file ({error})") from None
 
 
 def local_documents(sources: list[Source], split: str, corpus: Corpus) -> Iterator[str]:
@@ -261,7 +256,7 @@ def local_documents(sources: list[Source], split: str, corpus: Corpus) -> Iterat
         if whole and (position % holdout == holdout - 1) != (split == "val"):
             continue
         try:
-            for index, text in enumerate(read_documents(source, limit=4 * corpus.seq_len)):  # characters: about a row
+            for index, text in enumerate(read_documents(source.path, 4 * corpus.seq_len)):  # characters: about a row
                 if whole or (index % holdout == holdout - 1) == (split == "val"):
                     yield text
         except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
@@ -270,8 +265,7 @@ def local_documents(sources: list[Source], split: str, corpus: Corpus) -> Iterat
         print_once(f"skipped {len(skipped)} files that are not UTF-8 text, the first is {skipped[0]}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizer
+# Tokenizer ------------------------------------------------------------------------------------------------------------
 
 SPLIT_PATTERN = (  # GPT-4's, but with at most two digits in a token: a small vocabulary has none to spare for numbers
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -284,7 +278,7 @@ class Tokenizer:
     """Byte-pair encoding of a prepared corpus. Raises SystemExit if its file is not the manifest's."""
 
     def __init__(self, corpus: Corpus):
-        self.corpus, saved = corpus, json.loads(verified(corpus, "tokenizer.json"))
+        self.corpus, saved = corpus, json.loads(verified(corpus.directory / "tokenizer.json"))
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
         special = {token: len(ranks) + i for i, token in enumerate(saved["special"])}  # after all other ids
         rules = {"pat_str": saved["pattern"], "mergeable_ranks": ranks, "special_tokens": special}
@@ -313,31 +307,26 @@ class Tokenizer:
         """Decode ids."""
         return self.encoding.decode(list(ids))
 
-    def token_bytes(self) -> torch.Tensor:
-        """Raw bytes of each token, 0 for specials: int64, (vocab,).
-
-        Summed over an encoded text they are len(text.encode()) exactly, also where a token ends within a character.
-        """
+    def tokens(self) -> list[bytes]:
+        """Raw bytes of each id, none of specials: over an encoded text they sum to len(text.encode()) exactly."""
         ordinary = self.encoding.n_vocab - len(SPECIAL_TOKENS)
-        sizes = [len(self.encoding.decode_single_token_bytes(token)) for token in range(ordinary)]
-        return torch.tensor(sizes + [0] * len(SPECIAL_TOKENS))
+        return [self.encoding.decode_single_token_bytes(token) for token in range(ordinary)] + [b""] * len(
+            SPECIAL_TOKENS
+        )
 
 
 def train_tokenizer(part: Path, documents: Iterable[str], vocab_size: int) -> None:
     """Train byte-pair merges on the first 10,000 characters of each document."""
     if not (documents := list(documents)):
         raise SystemExit(f"there is no text that could be read. {TOO_SMALL}")
-    bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator(
-        (text[:10_000] for text in documents), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN
-    )
+    bpe, texts = rustbpe.Tokenizer(), (text[:10_000] for text in documents)
+    bpe.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
     merges = sorted(bpe.get_mergeable_ranks(), key=lambda merge: merge[1])
     tokens = [base64.b64encode(bytes(token)).decode() for token, _ in merges]
     part.write_text(json.dumps({"pattern": SPLIT_PATTERN, "special": SPECIAL_TOKENS, "tokens": tokens}, indent=0))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Token cache
+# Token cache ----------------------------------------------------------------------------------------------------------
 
 MANIFEST = "manifest.json"
 
@@ -351,67 +340,65 @@ def read_manifest(directory: Path) -> dict:
         raise SystemExit(f"{path} is damaged ({error}). Delete it, then `uv run prepare.py` makes it again") from None
 
 
-def put_in_place(part: Path, path: Path) -> None:
-    """Flush a complete file to disk, then give it its name."""
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+def write(path: Path, make: Callable[[Path], object]) -> None:
+    """Have `make` write a .part file, flush it to disk and give it its name: a file is whole or not there."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        make(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        if path.suffix != ".parquet":  # of a download, what there is is gone on with
+            part.unlink(missing_ok=True)
 
 
-def damage(path: Path, entry: dict | None, thorough: bool) -> str | None:
-    """Say in what a file differs from its entry in the manifest: in its size or, with `thorough`, in its content."""
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file of one line."""
+    write(path, lambda part: part.write_text(json.dumps(value) + "\n"))
+
+
+def damage(path: Path, thorough: bool = True) -> str:
+    """Say in what a file differs from the manifest, in size or, if `thorough`, in content. Empty if in nothing."""
+    entry = read_manifest(path.parent)["files"].get(path.name)
     if entry is None or not path.exists():
-        return "missing"
-    if (size := path.stat().st_size) != entry["size"]:
-        return f"damaged: {size} bytes instead of {entry['size']}"
-    return "damaged: its sha256 is not the manifest's" if thorough and sha256_file(path) != entry["sha256"] else None
+        seen = "missing"
+    elif (size := path.stat().st_size) != entry["size"]:
+        seen = f"damaged: {size} bytes instead of {entry['size']}"
+    elif thorough and sha256_file(path) != entry["sha256"]:
+        seen = "damaged: its sha256 is not the manifest's"
+    else:
+        return ""
+    return f"{path} is {seen}. `uv run prepare.py`, with the same --corpus, mends it"
 
 
-def verified(corpus: Corpus, name: str) -> bytes:
+def verified(path: Path) -> bytes:
     """Return the content of a prepared file. Raises SystemExit if it is missing or its sha256 is not the manifest's."""
-    path, entry = corpus.directory / name, read_manifest(corpus.directory)["files"].get(name)
-    if problem := damage(path, entry, thorough=True):
-        raise SystemExit(f"{path} is {problem}. `uv run prepare.py`, with the same --corpus, mends it")
+    if problem := damage(path):
+        raise SystemExit(problem)
     return path.read_bytes()
 
 
-def ensure(directory: Path, manifest: dict, thorough: bool, name: str, make: Callable, resumes: bool = False) -> Path:
-    """Return the path of a file that is there and whole, if need be by calling `make` with a .part path to write."""
-    path, part, begin = directory / name, directory / f"{name}.part", time.perf_counter()
-    entry = manifest["files"].get(name)
-    if (problem := damage(path, entry, thorough)) is None:
-        return path
-    if entry and not thorough:
-        raise SystemExit(f"{path} is {problem}. `uv run prepare.py`, with the same --corpus, mends it")
-    try:
-        with contextlib.nullcontext() if sys.stdout.isatty() else status_line(lambda: f"making {name}"):  # else: a bar
-            make(part)
-        manifest["files"][name] = {"size": part.stat().st_size, "sha256": sha256_file(part)}
-        put_in_place(part, path)
-    finally:
-        if not resumes:
-            part.unlink(missing_ok=True)
-    part = directory / f"{MANIFEST}.part"
-    part.write_text(json.dumps(manifest, indent=1))
-    put_in_place(part, directory / MANIFEST)
-    size, seconds = path.stat().st_size / 1e6, time.perf_counter() - begin
-    print(f"{name}: {size:.2f} MB in {seconds:.1f} s{f' (it was {problem})' if entry else ''}", flush=True)
+def ensure(path: Path, thorough: bool, make: Callable[[Path], object]) -> Path:
+    """Return the path of a file of the manifest, after making it if it is not there and whole."""
+    begin = time.perf_counter()
+    if damage(path, thorough):
+        with contextlib.nullcontext() if sys.stdout.isatty() else status_line(lambda: f"making {path.name}"):
+            write(path, make)
+        manifest, entry = read_manifest(path.parent), {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        write_json(path.parent / MANIFEST, manifest | {"files": manifest["files"] | {path.name: entry}})
+        seconds = time.perf_counter() - begin
+        print(f"{path.name}: {entry['size'] / 1e6:.2f} MB in {seconds:.1f} s", flush=True)
     return path
-
-
-def prepare(corpus: Corpus, thorough: bool = False) -> None:
-    """Make what is missing of a corpus, if `thorough` also what is damaged. Safe to kill and to run twice at once."""
-    with explained_disk_errors(corpus.directory), locked(corpus.directory / "lock", "waiting for it", wait=True):
-        build(corpus, thorough)
 
 
 @contextlib.contextmanager
 def locked(path: Path, advice: str, wait: bool) -> Iterator[None]:
     """Hold a lock file that names its holder; the system lets it go with the process, however that ends."""
-    with explained_disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("a+")
-    with lock:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as lock:
+        with contextlib.suppress(PermissionError):
+            path.chmod(0o666)  # for a device, which other users share
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -426,29 +413,40 @@ def locked(path: Path, advice: str, wait: bool) -> Iterator[None]:
         yield
 
 
+def prepare(corpus: Corpus, thorough: bool = False) -> None:
+    """Make what is missing of a corpus, if `thorough` also what is damaged. Safe to kill and to run twice at once."""
+    try:
+        with locked(corpus.directory / "lock", "waiting for it", wait=True):
+            build(corpus, thorough)
+    except OSError as error:
+        advice = "Free some space, or set AUTORESEARCH_CACHE to a folder that can be written. Finished files are kept"
+        raise SystemExit(f"can't write to {corpus.directory}: {error}. {advice}") from None
+
+
 def build(corpus: Corpus, thorough: bool) -> None:
     """Make the files of a corpus: shards to download, tokenizer.json, val_rows.bin, train_*.tokens."""
     sources = [] if corpus.name == "climbmix" else find_sources(corpus)
     scale = (corpus.vocab_size, corpus.seq_len, corpus.eval_tokens)
     made_from = digest(SOURCE_SHA256, scale, [(source.name, source.size, source.stamp) for source in sources])
     manifest = read_manifest(corpus.directory)
-    if manifest.setdefault("made_from", made_from) != made_from:
-        print(f"{corpus.directory} was made by another prepare.py or from other text: making it again", flush=True)
+    if manifest.get("made_from") != made_from:
+        if manifest["files"]:
+            print(f"{corpus.directory} was made by another prepare.py or from other text: making it again", flush=True)
         shards = {name: entry for name, entry in manifest["files"].items() if name.endswith(".parquet")}
-        manifest |= {"made_from": made_from, "files": shards}
+        write_json(corpus.directory / MANIFEST, {"made_from": made_from, "files": shards})
 
-    have = functools.partial(ensure, corpus.directory, manifest, thorough)
     if corpus.name == "climbmix":
         hub, shards = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), []
         for number in (CLIMBMIX_TRAIN_SHARDS, *range(corpus.num_shards)):
             name = f"shard_{number:05d}.parquet"
             url = f"{hub}/datasets/{CLIMBMIX_REPO}/resolve/{CLIMBMIX_REVISION}/{name}"
-            shards.append(have(name, functools.partial(download, url=url), resumes=True))
-        val, *train = [functools.partial(read_parquet, shard) for shard in shards]
+            shards.append(ensure(corpus.directory / name, thorough, functools.partial(download, url=url)))
+        val, *train = [functools.partial(read_documents, shard, 0) for shard in shards]
     else:
         val, *train = [functools.partial(local_documents, sources, split, corpus) for split in ("val", "train")]
     first = itertools.islice(train[0](), 100_000 if corpus.name == "climbmix" else 2**15)  # the first shard alone
-    have("tokenizer.json", lambda part: train_tokenizer(part, first, corpus.vocab_size))
+    make_tokenizer = functools.partial(train_tokenizer, documents=first, vocab_size=corpus.vocab_size)
+    ensure(corpus.directory / "tokenizer.json", thorough, make_tokenizer)
     encoding = functools.cache(lambda: Tokenizer(corpus).encoding)
     held_out = functools.cache(lambda: set(val()))
 
@@ -466,9 +464,10 @@ def build(corpus: Corpus, thorough: bool) -> None:
         if not part.stat().st_size:
             raise SystemExit(f"no text to train on that is not in the validation text as well. {TOO_SMALL}")
 
-    have("val_rows.bin", write_val_rows)
+    ensure(corpus.directory / "val_rows.bin", thorough, write_val_rows)
     for number, documents in enumerate(train):
-        have(f"train_{number:05d}.tokens", functools.partial(write_tokens, documents=documents))
+        make_tokens = functools.partial(write_tokens, documents=documents)
+        ensure(corpus.directory / f"train_{number:05d}.tokens", thorough, make_tokens)
 
 
 def encode_documents(documents: Iterator[str], encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
@@ -479,16 +478,6 @@ def encode_documents(documents: Iterator[str], encoding: tiktoken.Encoding) -> I
             yield np.array([bos, *ids], dtype=np.uint16)
 
 
-@contextlib.contextmanager
-def explained_disk_errors(directory: Path) -> Iterator[None]:
-    """Turn a full disk or a folder that can't be written into SystemExit with what to do."""
-    try:
-        yield
-    except OSError as error:
-        advice = "Free some space, or set AUTORESEARCH_CACHE to a folder that can be written. Finished files are kept"
-        raise SystemExit(f"can't write to {directory}: {error}. {advice}") from None
-
-
 def harness_fingerprint(corpus: Corpus) -> str:
     """12 hex digits over this file, corpus, tokenizer and validation rows: val_bpb compare only where it is equal."""
     files = read_manifest(corpus.directory)["files"]
@@ -496,8 +485,7 @@ def harness_fingerprint(corpus: Corpus) -> str:
     return digest(SOURCE_SHA256, settings, files["tokenizer.json"]["sha256"], files["val_rows.bin"]["sha256"])[:12]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Dataloader
+# Dataloader -----------------------------------------------------------------------------------------------------------
 
 
 def pack_rows(documents: Iterable[tuple[np.ndarray, int]], length: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -539,7 +527,7 @@ def train_documents(corpus: Corpus, seed: int) -> Iterator[tuple[np.ndarray, int
 
 def read_val_rows(corpus: Corpus) -> np.ndarray:
     """The rows that every run is judged by: uint16, (rows, seq_len + 1). Raises SystemExit if they were changed."""
-    return np.frombuffer(verified(corpus, "val_rows.bin"), dtype=np.uint16).reshape(-1, corpus.seq_len + 1)
+    return np.frombuffer(verified(corpus.directory / "val_rows.bin"), dtype=np.uint16).reshape(-1, corpus.seq_len + 1)
 
 
 def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, seed: int = SEED) -> Iterator[tuple]:
@@ -561,10 +549,10 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, seed: int 
         return batch.pin_memory() if device.type == "cuda" else batch, epochs[-1]
 
     worker = ThreadPoolExecutor(1, "dataloader")
-    ready = deque(worker.submit(next_batch) for _ in range(4))
+    ready = [worker.submit(next_batch) for _ in range(4)]
     try:
         while True:
-            batch, epoch = ready.popleft().result()
+            batch, epoch = ready.pop(0).result()
             ready.append(worker.submit(next_batch))
             batch = batch.to(device, non_blocking=True)
             yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), epoch
@@ -572,71 +560,122 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, seed: int 
         worker.shutdown(wait=False, cancel_futures=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluator
+# Evaluator ------------------------------------------------------------------------------------------------------------
+
+
+AUDITS = 8  # batches audited besides the first, drawn at random in every evaluation
+
+# How far an audit may move a loss, in nats, measured by tests/bench_judge.py (2026-11-23). A model that gives the same
+# bits twice moves none, in float32 and bf16; one whose layers round to bf16 at random, worse than any kernel, moves
+# single losses by 0.09 whether later tokens change or not, and their mean by 0.0001. So twice the difference between
+# two answers to one batch is the tolerance, TOLERANCE the least: one head of one layer that sees one token ahead moves
+# a loss by 0.13 or more, though val_bpb by 0.001 only.
+TOLERANCE = 0.003
+UNSTEADY = 0.5  # between two answers to one batch
+DRIFT = 0.003  # of the mean loss between two answers
 
 
 @torch.no_grad()
 def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
     """Bits per byte of the model on the validation rows; unlike the loss it is the same thing for every vocabulary.
 
-    `model(x)` gets ids, int64 (B, T), never targets, and returns logits, (B, T, vocab), else ValueError. Cross-entropy
-    is computed here in float32, summed in float64, without tokens of no bytes (specials). A batch too big is halved.
+    `model(x)` gets ids, int64 (B, T), never targets, and returns logits, (B, T, vocab). A batch too big is halved.
+    Raises ValueError for a model that can't be judged: bad logits, a look at what is to be predicted, a state.
     """
-    corpus, tokenizer = tokenizer.corpus, Tokenizer(tokenizer.corpus)  # the one on disk, whatever was handed in
-    device = next((p.device for p in model.parameters()), get_device())
-    rows, token_bytes = torch.from_numpy(read_val_rows(corpus).astype(np.int64)), tokenizer.token_bytes().to(device)
-    training, nats, size, done = model.training, 0.0, 0, 0
+    corpus, tokens = tokenizer.corpus, Tokenizer(tokenizer.corpus).tokens()
+    if tokenizer.tokens() != tokens:
+        raise ValueError(f"the tokenizer handed over is not that of {corpus.directory}, which the rows are made with")
+    rows, training, before = read_val_rows(corpus), model.training, digest_weights(model)
     model.eval()
-    while done < len(rows):
+    while True:
         try:
-            batch = rows[done : done + batch_size].to(device)
-            real = len(batch)
-            batch = F.pad(batch, (0, 0, 0, batch_size - real))  # one shape: nothing is compiled twice
-            x, y = batch[:, :-1].contiguous(), batch[:real, 1:].contiguous()
-            losses_of = functools.partial(token_losses, model, y, tokenizer.get_vocab_size(), done)
-            losses, sizes = losses_of(x), token_bytes[y]
-            if done == 0 or random.SystemRandom().random() < 4 * batch_size / len(rows):  # no model knows which
-                probe(losses_of, x, losses, done)
-            nats += losses[sizes > 0].sum(dtype=torch.float64).item()
-            size += sizes.sum().item()
-            done += real
+            val_bpb = judge(model, rows, tokens, batch_size)
+            break
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise
-            batch_size = (batch_size + 1) // 2
+        batch_size = (batch_size + 1) // 2
     model.train(training)
+    if digest_weights(model) != before:
+        raise ValueError("parameters changed during the evaluation: a model is judged as it is, not while it learns")
+    return val_bpb
+
+
+def judge(model: torch.nn.Module, rows: np.ndarray, tokens: list[bytes], batch_size: int) -> float:
+    """Cross-entropy in float32, summed in float64, without tokens of no bytes (specials), over ln 2 and the bytes.
+
+    Audited batches are answered three times: as they are; with every row changed after a random position, which must
+    not move a loss before it; and again at the end, their rows in another order, which must not move any.
+    """
+    vocab, length, secret = len(tokens), rows.shape[1] - 1, random.SystemRandom()
+    draw = torch.Generator().manual_seed(secret.getrandbits(63))  # no model knows what is drawn
+    audited = {0, *(row // batch_size for row in secret.sample(range(len(rows)), min(AUDITS, len(rows))))}
+    sizes, nats, size, audits = torch.tensor([len(token) for token in tokens]), 0.0, 0, []
+    for number in range(-(-len(rows) // batch_size)):
+        numbers = np.arange(number * batch_size, (number + 1) * batch_size)
+        batch = torch.from_numpy(rows[numbers % len(rows)].astype(np.int64))  # one shape: nothing is compiled twice
+        x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        last = torch.randint(length - 1, (batch_size, 1), generator=draw)
+        changed = (x + torch.randint(1, vocab, x.shape, generator=draw)) % vocab
+        inputs = {"x": x, "changed": torch.where(torch.arange(length) <= last, x, changed)}
+        calls = secret.sample(["x", "changed"], 2) if number in audited else ["x"]
+        found = {name: token_losses(model, inputs[name], y, vocab, number) for name in calls}
+        if number in audited:
+            audits.append((number, x, y, last, inputs["changed"], found["x"], found["changed"]))
+        counted = torch.from_numpy(numbers < len(rows))[:, None] & (sizes[y] > 0)
+        nats += found["x"][counted].sum(dtype=torch.float64).item()
+        size += sizes[y][counted].sum().item()
+    refuse_leaks(model, vocab, audits)
     return nats / math.log(2) / size
 
 
-def token_losses(model: torch.nn.Module, y: torch.Tensor, vocab: int, first_row: int, x: torch.Tensor) -> torch.Tensor:
-    """Nats of each target, float32, in y's shape; y lacks rows that only pad x. Raises ValueError for bad logits."""
-    logits = model(x)
+def token_losses(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, vocab: int, batch: int) -> torch.Tensor:
+    """Nats of each target, float32 (B, T), on the CPU. Raises ValueError for what are no logits."""
+    device = next((p.device for p in model.parameters()), get_device())
+    logits = model(x.to(device))
     shape = getattr(logits, "shape", None)
     if shape != (*x.shape, vocab) or not logits.is_floating_point():
         seen = f"{logits.dtype} {tuple(shape)}" if shape is not None else type(logits).__name__
         raise ValueError(f"model(x) must return floating-point logits {(*x.shape, vocab)}; it returned {seen}")
     if not logits.sum().isfinite() and not (finite := logits.isfinite()).all():
         row, position, token = (~finite).nonzero()[0].tolist()
-        where = f"validation row {first_row + row}, position {position}, token {token}"
+        where = f"batch {batch}, row {row}, position {position}, token {token}"
         raise ValueError(f"a logit is not finite: {logits[row, position, token].item()} at {where}")
-    return F.cross_entropy(logits[: len(y)].flatten(0, 1).float(), y.flatten(), reduction="none").view_as(y)
+    pairs = zip(logits, y.to(device), strict=True)  # row by row: a float32 copy of all logits may not fit memory
+    return torch.stack([F.cross_entropy(row.float(), target, reduction="none") for row, target in pairs]).cpu()
 
 
-def probe(losses_of: Callable, x: torch.Tensor, losses: torch.Tensor, first_row: int) -> None:
-    """Raise ValueError if losses up to a random position of each row move when all that comes later changes."""
-    last = [random.SystemRandom().randrange(x.shape[1] - 1) for _ in x]
-    kept = torch.arange(x.shape[1], device=x.device) <= torch.tensor(last, device=x.device)[:, None]
-    moved = (losses_of(torch.where(kept, x, (x + 1) % (x.max() + 1))) - losses).abs() * kept[: len(losses)]
-    if not moved.max() <= 1e-2:  # nats; those of a causal model move by less, if at all
-        row, position = divmod(moved.argmax().item(), x.shape[1])
-        where = f"at validation row {first_row + row}, position {position} the loss moves by {moved.max().item():.3g}"
-        what = f"when only tokens after position {last[row]} change: the model sees what it has to predict"
-        raise ValueError(f"{where} {what}. Mend mask, window or shift")
+def refuse_leaks(model: torch.nn.Module, vocab: int, audits: list[tuple]) -> None:
+    """Raise ValueError if audits show a state, or losses that depend on later tokens or on other rows."""
+    again = [token_losses(model, x.roll(1, 0), y.roll(1, 0), vocab, number) for number, x, y, *_ in audits]
+    losses = torch.stack([losses for *_, losses, _ in audits])
+    noise = (torch.stack(again).roll(-1, 1) - losses).abs()
+    drift = (torch.stack(again).roll(-1, 1) - losses).mean()
+    kept = torch.arange(losses.shape[2]) <= torch.stack([last for _, _, _, last, *_ in audits])
+    moved = (torch.stack([moved for *_, moved in audits]) - losses).abs() * kept
+    steady, tolerance = noise.max() <= UNSTEADY and drift.abs() <= DRIFT, max(TOLERANCE, 2 * noise.max().item())
+    if steady and moved.max() <= tolerance:
+        return
+    worst = moved if steady else noise
+    audit, row, position = (i.item() for i in torch.unravel_index(worst.argmax(), worst.shape))
+    number, x, y, last, changed, *_ = audits[audit]
+    seen = f"batch {number}, row {row}, position {position}: the loss moves by {worst.max():.3g} nats"
+    if not steady:
+        raise ValueError(f"{seen} (the mean by {drift:.3g}) when the batch comes again: a state, or dropout")
+    others = torch.where(torch.arange(len(x))[:, None] == row, x, changed)
+    if (token_losses(model, others, y, vocab, number)[row, position] - losses[audit, row, position]).abs() > tolerance:
+        raise ValueError(f"{seen} when other rows of the batch change: a row must be predicted from itself alone")
+    what = f"when tokens after position {last[row].item()} change: the model sees what it has to predict"
+    raise ValueError(f"{seen} {what}. Mend mask, window, shift or padding")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Clock and run
+def digest_weights(model: torch.nn.Module) -> str:
+    """A digest of every parameter."""
+    weights = (p.detach().cpu().reshape(-1).view(torch.uint8).numpy() for p in model.parameters())
+    return digest([hashlib.sha256(weight).hexdigest() for weight in weights])
+
+
+# Clock and run --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -661,7 +700,7 @@ def status_line(status: Callable[[], str]) -> Iterator[None]:
 
 @dataclass
 class Run:
-    """What train.py gets. What changes the final weights happens between start() and stop(); finish() comes last."""
+    """What train.py gets. All that changes the weights happens between start() and stop(); finish() judges them."""
 
     corpus: Corpus
     tokenizer: Tokenizer
@@ -671,10 +710,23 @@ class Run:
     began: float = 0.0  # of the five minutes
     seconds: float = 0.0  # that they took
     status: str = "starting"
+    weights: str = ""  # their digest at the end of the five minutes
     summary: dict[str, str] = field(default_factory=dict)
 
-    def start(self) -> None:
-        """Begin the five minutes, once the device has finished what it was given before."""
+    def start(self, model: torch.nn.Module) -> None:
+        """Begin the five minutes. Raises ValueError if they were begun before, or the model has learned before them."""
+        rows = torch.from_numpy(read_val_rows(self.corpus)[:8].astype(np.int64))[
+            :, None
+        ]  # one at a time: little memory
+        training, vocab = model.training, self.tokenizer.get_vocab_size()
+        model.eval()
+        with torch.no_grad():
+            losses = [token_losses(model, row[:, :-1], row[:, 1:], vocab, 0).mean().item() for row in rows]
+        model.train(training)
+        loss = statistics.fmean(losses)
+        if self.began or loss < math.log(vocab) - 0.5:
+            seen = f"its loss is {loss:.2f} nats where a guess costs {math.log(vocab):.2f}"
+            raise ValueError(f"the model has learned before the five minutes: {seen}. Undo every step of the warm-up")
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -684,14 +736,20 @@ class Run:
         """Part of the five minutes that is used, 0 to 1, without waiting for the device."""
         return min((time.perf_counter() - self.began) / TIME_BUDGET, 1.0)
 
-    def stop(self) -> None:
-        """End the five minutes, once the device has finished."""
+    def stop(self, model: torch.nn.Module) -> None:
+        """End the five minutes, once the device has finished. Raises ValueError if they took LATE too long."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - self.began
+        self.seconds, self.weights = time.perf_counter() - self.began, digest_weights(model)
+        if self.seconds > TIME_BUDGET + LATE:
+            seen = f"training took {self.seconds:.0f} s instead of {TIME_BUDGET}"
+            raise ValueError(f"{seen}: make steps smaller, and ask progress() before each")
 
-    def finish(self, val_bpb: float, steps: int, tokens: int, params: int, depth: int, mfu_percent: float) -> None:
-        """Complete the summary. Its nine lines are an interface: other scripts grep them."""
+    def finish(self, model: torch.nn.Module, batch_size: int, steps: int, tokens: int, depth: int, mfu: float) -> None:
+        """Judge the weights of stop() and complete the summary. Its nine lines are an interface: scripts grep them."""
+        if digest_weights(model) != self.weights:
+            raise ValueError("parameters changed after the five minutes: what changes them belongs before stop()")
+        val_bpb = evaluate_bpb(model, self.tokenizer, batch_size)
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB on Linux
         resident /= 2**20 if sys.platform == "darwin" else 2**10
         peak = torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else resident
@@ -700,10 +758,10 @@ class Run:
             "training_seconds": f"{self.seconds:.1f}",
             "total_seconds": f"{time.perf_counter() - self.started:.1f}",
             "peak_vram_mb": f"{peak:.1f}",
-            "mfu_percent": f"{mfu_percent:.2f}",
+            "mfu_percent": f"{mfu:.2f}",
             "total_tokens_M": f"{tokens / 1e6:.1f}",
             "num_steps": f"{steps}",
-            "num_params_M": f"{params / 1e6:.1f}",
+            "num_params_M": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}",
             "depth": f"{depth}",
         }
 
@@ -717,33 +775,38 @@ def training_run(description: str | None) -> Iterator[Run]:
     arguments = parser.parse_args()
     if arguments.seed < 0:
         parser.error(f"--seed {arguments.seed}: expected a number from 0 on")
-    device, cuda = get_device(), torch.cuda.is_available()
+    source, device, cuda = (ROOT / "train.py").read_text(), get_device(), torch.cuda.is_available()
     name = torch.cuda.get_device_name() if cuda else f"cpu ({torch.backends.cpu.get_cpu_capability()})"
     unit = torch.cuda.get_device_properties(0).uuid if cuda else "cpu"
-    with locked(cache_root() / f"device-{unit}.lock", "two runs at once can't be compared; wait for it", wait=False):
+    with locked(device_lock(unit), "two runs at once can't be compared; wait for it", wait=False):
         print(f"device: {name}{'' if cuda else ', for there is no CUDA device'}", flush=True)
+        busy = torch.cuda.device_memory_used() / 2**30 > 2 if cuda else os.getloadavg()[0] > os.cpu_count() / 2
+        if busy:
+            print("warning: other work is on this device, so val_bpb will be worse than it could be", flush=True)
         corpus, why = choose_corpus(arguments.corpus, arguments.shards)
         if corpus.name == "climbmix" and not cuda:
             raise SystemExit("climbmix needs a GPU: a CPU would take hours to evaluate on it. Use --corpus python")
         print(f"corpus: {corpus.folder or corpus.name} ({why})", flush=True)
         prepare(corpus)
-        faulthandler.dump_traceback_later(RUN_LIMIT, exit=True)  # preparing is not part of the run, all that follows is
+        settle(running := cache_root() / f"running-{unit}.json")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped, as with Ctrl-C
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(arguments.seed)
-        source = (ROOT / "train.py").read_text()
         record = {"id": f"{time.time_ns()}-{os.getpid()}", "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         record |= {"repository": str(ROOT), "commit": git("rev-parse", "HEAD"), "train_source": source}
         digests = {"train_sha256": hashlib.sha256(source.encode()).hexdigest(), "harness": harness_fingerprint(corpus)}
         record |= digests | {"train_committed": git("show", "HEAD:./train.py") == source.strip()}
-        record |= {"seed": arguments.seed, "device": name}
+        record |= {"command": sys.argv, "seed": arguments.seed, "device": name}
+        for past in comparable_runs(record):
+            if past["train_sha256"] == record["train_sha256"]:
+                print(f"this train.py was run already: seed {past['seed']}, val_bpb {past['val_bpb']:.6f}", flush=True)
         run = Run(corpus, Tokenizer(corpus), device, arguments.seed)
+        write_json(running, record | {"status": "killed"})  # what remains if the run ends without a word
         try:
-            with status_line(lambda: run.status):
+            with limited(running), status_line(lambda: run.status):
                 yield run
             if not run.summary or record["harness"] != harness_fingerprint(corpus):
-                raise RuntimeError(
-                    "no val_bpb: train.py did not call run.finish, or the corpus was made anew meanwhile"
-                )
+                raise RuntimeError("no val_bpb: run.finish was not called, or the corpus was made anew meanwhile")
         except BaseException as error:
             record |= {"status": "stopped" if isinstance(error, KeyboardInterrupt) else "crash"}
             record["traceback"] = "".join(traceback.format_exception(error)).splitlines()[-20:]
@@ -752,10 +815,70 @@ def training_run(description: str | None) -> Iterator[Run]:
             raise
         else:
             record |= {name: float(value) for name, value in run.summary.items()} | {"status": "finished"}
-            summary = run.summary | {"harness": record["harness"], "seed": run.seed}
-            print("---", *(f"{name + ':':<18}{value}" for name, value in summary.items()), sep="\n", flush=True)
         finally:
-            append_line("runs.jsonl", record)
+            record["train_edited"] = (ROOT / "train.py").read_text() != source
+            write_json(running, record)
+            settle(running)
+        summary = run.summary | {"harness": record["harness"], "seed": run.seed} | comparison(record)
+        print("---", *(f"{name + ':':<18}{value}" for name, value in summary.items()), sep="\n", flush=True)
+        if record["train_edited"]:
+            print("train.py was edited while the run went on: the record holds the text that it began with", flush=True)
+
+
+def device_lock(unit: str) -> Path:
+    """The lock file of a device, one for all cache folders of this machine."""
+    return Path(tempfile.gettempdir()) / f"autoresearch-{unit}.lock"
+
+
+@contextlib.contextmanager
+def limited(running: Path) -> Iterator[None]:
+    """End the process past RUN_LIMIT, also in a call that never returns; tracebacks go to stderr and to `running`."""
+    with running.open("a") as file:
+        faulthandler.register(signal.SIGALRM, all_threads=True)
+        signal.setitimer(signal.ITIMER_REAL, RUN_LIMIT)
+        faulthandler.dump_traceback_later(RUN_LIMIT + 1, exit=True, file=file)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def settle(running: Path) -> None:
+    """Move the record of a run that has ended to runs.jsonl; tracebacks after it were left by the limit."""
+    if running.exists():
+        line, *tracebacks = running.read_text().splitlines()
+        late = {"status": "timeout", "traceback": tracebacks[-20:]} if tracebacks else {}
+        append_line("runs.jsonl", json.loads(line) | late)
+        running.unlink()
+
+
+def comparable_runs(record: dict) -> list[dict]:
+    """The finished runs of the same harness on the same kind of device."""
+    same = {"status": "finished", "harness": record["harness"], "device": record["device"]}
+    return [run for run in read_lines("runs.jsonl") if run.items() >= same.items()]
+
+
+def comparison(record: dict) -> dict[str, str]:
+    """Summary lines: the noise between seeds of one train.py, and how far this run is from the best kept one."""
+    texts, ledger, lines = {}, (ROOT / "results.tsv").read_text().splitlines(), {}
+    for run in (runs := comparable_runs(record)):
+        texts.setdefault(run["train_sha256"], {})[run["seed"]] = run["val_bpb"]
+    several = [list(seeds.values()) for seeds in texts.values() if len(seeds) > 1]
+    if several:
+        squares = sum(statistics.variance(figures) * (len(figures) - 1) for figures in several)
+        noise = math.sqrt(squares / sum(len(figures) - 1 for figures in several))
+        lines["noise"] = f"{noise:.6f} (pooled standard deviation, {sum(map(len, several))} runs with several seeds)"
+    rows = {row["id"]: row["row"] for row in read_lines("ledger.jsonl")}
+    kept = [run for run in runs if (row := rows.get(run["id"])) in ledger and "\tkeep\t" in row]
+    if kept:
+        best = min(kept, key=lambda run: run["val_bpb"])
+        difference = record["val_bpb"] - best["val_bpb"]
+        lines["best_kept"] = f"{best['val_bpb']:.6f} ({best['commit'][:7]})"
+        lines["difference"] = f"{difference:+.6f}" + (
+            f" ({difference / noise:+.1f} x noise)" if several and noise else ""
+        )
+    return lines
 
 
 def git(*arguments: str) -> str:
@@ -774,19 +897,26 @@ def append_line(name: str, record: dict) -> None:
         os.fsync(file.fileno())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Ledger
+# Ledger ---------------------------------------------------------------------------------------------------------------
 
 
 def read_lines(name: str) -> list[dict]:
-    """Read the JSON lines of a file in the cache folder that concern this repository."""
-    lines = (cache_root() / name).read_text().splitlines() if (cache_root() / name).exists() else []
-    return [run for line in lines if line.endswith("}") and (run := json.loads(line))["repository"] == str(ROOT)]
+    """Read the JSON lines of a file in the cache folder, one for each id, without those that were cut short."""
+    path, lines = cache_root() / name, {}
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            lines[entry["id"]] = entry
+    return list(lines.values())
 
 
 def log(status: str, description: str) -> None:
     """Append the last run to results.tsv and commit that file alone. Raises SystemExit with what to do if it can't."""
-    runs, description = read_lines("runs.jsonl"), " ".join(description.split())
+    for running in cache_root().glob("running-*.json"):
+        with contextlib.suppress(SystemExit), locked(device_lock(running.stem[8:]), "", wait=False):
+            settle(running)  # of a run that ended without a word
+    runs = [run for run in read_lines("runs.jsonl") if run["repository"] == str(ROOT)]
+    description = " ".join(description.split())
     if not runs or runs[-1]["id"] in (row["id"] for row in read_lines("ledger.jsonl")):
         raise SystemExit("nothing to log: every run of this repository is logged. The next one: `uv run train.py`")
     run, finished = runs[-1], runs[-1]["status"] == "finished"
@@ -796,9 +926,8 @@ def log(status: str, description: str) -> None:
         raise SystemExit(f'the last run has no figure (its status: {run["status"]}): `uv run prepare.py log crash "…"`')
     bpb, memory = (run["val_bpb"], run["peak_vram_mb"] / 1024) if finished and status != "crash" else (0.0, 0.0)
     row = f"{run['commit'][:7]}\t{bpb:.6f}\t{memory:.1f}\t{status}\t{description}"
-    ledger, part = ROOT / "results.tsv", ROOT / ".results.tsv.part"
-    part.write_text((before := ledger.read_text()).rstrip("\n") + f"\n{row}\n")
-    put_in_place(part, ledger)
+    before = (ledger := ROOT / "results.tsv").read_text()
+    write(ledger, lambda part: part.write_text(before.rstrip("\n") + f"\n{row}\n"))
     commit = ["git", "-C", str(ROOT), "commit", "-q", "-m", f"log {status}: {description}", "--", "results.tsv"]
     if subprocess.run(commit).returncode:
         ledger.write_text(before)
@@ -807,16 +936,13 @@ def log(status: str, description: str) -> None:
     print(row)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Commands
+# Commands -------------------------------------------------------------------------------------------------------------
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --corpus and --shards."""
-    names = (
-        "climbmix, python or a folder of text (default: $AUTORESEARCH_CORPUS, else climbmix with CUDA, python without)"
-    )
-    parser.add_argument("--corpus", metavar="NAME", help=names)
+    default = "$AUTORESEARCH_CORPUS, else climbmix with CUDA, python without"
+    parser.add_argument("--corpus", metavar="NAME", help=f"climbmix, python or a folder of text (default: {default})")
     parser.add_argument("--shards", metavar="N", type=int, help="shards of climbmix to train on (default 10)")
 
 
@@ -835,10 +961,9 @@ def main() -> None:
     print(f"corpus: {corpus.folder or corpus.name} ({why})", flush=True)
     if arguments.command:
         names = ["tokenizer.json", "val_rows.bin", *(f"train_{i:05d}.tokens" for i in range(corpus.num_shards or 1))]
-        files = dict.fromkeys(names) | read_manifest(corpus.directory)["files"]
-        problems = {corpus.directory / name: damage(corpus.directory / name, files[name], True) for name in files}
-        if lines := [f"{path} is {problem}" for path, problem in problems.items() if problem]:
-            raise SystemExit("\n".join([*lines, "`uv run prepare.py`, with the same --corpus, mends it"]))
+        names = dict.fromkeys([*names, *read_manifest(corpus.directory)["files"]])
+        if problems := [problem for name in names if (problem := damage(corpus.directory / name))]:
+            raise SystemExit("\n".join(problems))
     else:
         prepare(corpus, thorough=True)
     size = sum(entry["size"] for entry in read_manifest(corpus.directory)["files"].values())

@@ -9,12 +9,14 @@ Sections: knobs, attention, model, optimizer, schedules, training loop.
 
 import gc
 import math
+import random
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._triton import has_triton
 
-from prepare import Run, evaluate_bpb, get_device, make_dataloader, training_run
+from prepare import Run, get_device, make_dataloader, training_run
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Knobs
@@ -499,7 +501,7 @@ def warm_up(model: GPT, optimizer: MuonAdamW, step: Callable[[], Tensor]) -> Non
     """Compile and allocate on throw-away steps; afterwards weights, optimizer and random state are as before."""
     tensors = [*model.parameters(), *model.buffers(), *optimizer.tensors()]
     before = [tensor.detach().clone() for tensor in tensors]
-    cpu_state, cuda_state = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+    random_states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all()
     try:
         for _ in range(2):
             step()
@@ -508,8 +510,9 @@ def warm_up(model: GPT, optimizer: MuonAdamW, step: Callable[[], Tensor]) -> Non
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
-        torch.set_rng_state(cpu_state)
-        torch.cuda.set_rng_state_all(cuda_state)
+        restore = random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all
+        for put_back, state in zip(restore, random_states, strict=True):
+            put_back(state)
 
 
 def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int]:
@@ -568,7 +571,7 @@ def train(run: Run) -> None:
     gc.freeze()
     gc.disable()  # a collection in the middle of a step costs more than the garbage of five minutes
     step, mean, previous, run.status = 0, 0.0, None, "training"
-    run.start()
+    run.start(model)
     while (progress := run.progress()) < 1:
         set_schedule(optimizer, progress, step)
         batches = [next(loader) for _ in range(micro_batches)]
@@ -580,14 +583,13 @@ def train(run: Run) -> None:
             mean += (value - mean) / min(step, 10)
             run.status = f"step {step}, {progress:.0%} of the time, loss {mean:.4f}, epoch {batches[-1][2]}"
         step, previous = step + 1, loss
-    run.stop()
+    run.stop(forward)
     loader.close()
 
     run.status = f"evaluating after {step} steps"
-    val_bpb = evaluate_bpb(forward, run.tokenizer, rows)
     tokens, peak = step * TOTAL_BATCH_SIZE, peak_flops(device)
     mfu = 100 * model.flops_per_token() * tokens / run.seconds / peak if peak else 0.0
-    run.finish(val_bpb, step, tokens, num_params, config.depth, mfu)
+    run.finish(forward, rows, step, tokens, config.depth, mfu)
 
 
 if __name__ == "__main__":

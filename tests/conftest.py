@@ -1,8 +1,10 @@
 """One small real corpus, prepared once for all tests in a cache folder of their own."""
 
+import getpass
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import networkx
@@ -50,6 +52,13 @@ def tokenizer(corpus):
     return prepare.Tokenizer(corpus)
 
 
+def environ(**more):
+    """Environment of a command: no GPU, device locks apart from those of real runs, the compiler cache of this user."""
+    compiled = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
+    own = {"CUDA_VISIBLE_DEVICES": "", "TMPDIR": os.environ["AUTORESEARCH_CACHE"], "TORCHINDUCTOR_CACHE_DIR": compiled}
+    return os.environ | own | {name: str(value) for name, value in more.items()}
+
+
 @pytest.fixture
 def command():
     """Run a command as a user would and return its result, output and errors together."""
@@ -58,7 +67,7 @@ def command():
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
             cwd=cwd,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **{name: str(value) for name, value in environment.items()}},
+            env=environ(**environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

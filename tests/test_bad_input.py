@@ -114,7 +114,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(command, tmp_path, 
     assert command("prepare.py", "--corpus", text_folder, AUTORESEARCH_CACHE=tmp_path / "cache").returncode == 0
 
 
-# a cache that was damaged: train.py refuses, check names the file, prepare.py mends it
+# a cache that was damaged: check names the file, prepare.py mends it, train.py what it sees without reading all of it
 
 
 def spoil(path, how):
@@ -145,9 +145,11 @@ def test_a_damaged_cache_is_found_and_mended(tmp_path, text_folder, monkeypatch,
         monkeypatch.setattr("sys.argv", ["prepare.py", *arguments])
         with pytest.raises(SystemExit, match=found):
             prepare.main()
-    if how != "one flipped bit" or name != "train_00000.tokens":  # a bit of 80 MB is what check is for
-        with pytest.raises(SystemExit, match=f"{name} is (missing|damaged)"):
+    if how == "one flipped bit" and name != "train_00000.tokens":  # a bit of 80 MB is what check is for
+        with pytest.raises(SystemExit, match=f"{name} is damaged"):
             use(corpus)
+    else:
+        use(corpus)  # what is missing or too short is made again without a word from the user
     prepare.prepare(corpus, thorough=True)
     assert json.loads((corpus.directory / prepare.MANIFEST).read_text()) == json.loads(whole)
     prepare.main()

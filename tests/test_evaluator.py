@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 import prepare
+import train
 
 
 class Causal(nn.Module):
@@ -63,7 +64,7 @@ def test_a_model_that_knows_nothing_needs_the_bits_of_a_uniform_guess(short, tok
     model = Causal(tokenizer.get_vocab_size())
     nn.init.zeros_(model.head.weight)
     nn.init.zeros_(model.head.bias)
-    counted = tokenizer.token_bytes()[torch.from_numpy(short[:, 1:].astype(int))]
+    counted = torch.tensor([len(token) for token in tokenizer.tokens()])[torch.from_numpy(short[:, 1:].astype(int))]
     expected = math.log2(tokenizer.get_vocab_size()) * (counted > 0).sum().item() / counted.sum().item()
     assert prepare.evaluate_bpb(model, tokenizer, 4) == pytest.approx(expected, rel=1e-6)
 
@@ -122,29 +123,15 @@ def test_running_out_of_memory_in_a_probe_counts_no_row_twice(short, tokenizer):
     assert prepare.evaluate_bpb(Tight(), tokenizer, 8) == pytest.approx(expected, abs=1e-6)
 
 
-def cheat(name, vocab_size):
-    honest = Causal(vocab_size)
-    shapes = {
-        "returns a loss": lambda ids: honest(ids).sum(),
-        "returns a tuple": lambda ids: (honest(ids), None),
-        "wrong vocabulary": lambda ids: honest(ids)[..., :-1],
-        "wrong length": lambda ids: honest(ids)[:, :-1],
-        "whole numbers": lambda ids: honest(ids).long(),
-        "nan": lambda ids: honest(ids).masked_fill(ids[..., None] == ids[0, 5], math.nan),
-        "infinite": lambda ids: honest(ids).masked_fill(ids[..., None] == ids[0, 5], math.inf),
-        "sees the next token": lambda ids: honest(ids) + 0.1 * nn.functional.one_hot(ids.roll(-1, 1), vocab_size),
-        "sees the next token now and then": lambda ids: (
-            honest(ids) + 0.1 * nn.functional.one_hot(ids.roll(-1, 1), vocab_size) * (torch.arange(64)[:, None] % 2)
-        ),
-        "sees the whole row": lambda ids: honest(ids) + honest.head(honest.embedding(ids).mean(1, keepdim=True)),
-        "sees other rows": lambda ids: honest(ids) + honest.head(honest.embedding(ids).mean(0, keepdim=True)),
-    }
+class Answer(nn.Module):
+    """A model made of a function of ids."""
 
-    class Cheat(nn.Module):
-        def forward(self, ids):
-            return shapes[name](ids)
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
 
-    return Cheat()
+    def forward(self, ids):
+        return self.answer(ids)
 
 
 @pytest.mark.parametrize(
@@ -155,25 +142,204 @@ def cheat(name, vocab_size):
         ("wrong vocabulary", "it returned torch.float32"),
         ("wrong length", r"it returned torch.float32 \(4, 63"),
         ("whole numbers", "it returned torch.int64"),
-        ("nan", "not finite: nan at validation row 0, position"),
-        ("infinite", "not finite: inf at validation row 0, position"),
-        ("sees the next token", "the model sees what it has to predict"),
-        ("sees the next token now and then", "the model sees what it has to predict"),
-        ("sees the whole row", "the model sees what it has to predict"),
-        ("sees other rows", "the model sees what it has to predict"),
+        ("nan", r"a logit is not finite: nan at batch 1, row 2, position 5, token \d+"),
+        ("infinite", "a logit is not finite: inf at batch 1, row 2, position 5"),
     ],
 )
-def test_logits_that_a_language_model_can_not_have_are_refused(short, tokenizer, name, message):
+def test_what_are_no_logits_is_refused(short, tokenizer, name, message):
+    honest, seventh = Causal(tokenizer.get_vocab_size()), torch.from_numpy(short[6, :-1].astype(int))
+
+    def spoiled(ids, value):
+        here = (ids == seventh).all(1)[:, None] & (torch.arange(64) == 5)
+        return honest(ids).masked_fill(here[..., None], value)
+
+    answers = {
+        "returns a loss": lambda ids: honest(ids).sum(),
+        "returns a tuple": lambda ids: (honest(ids), None),
+        "wrong vocabulary": lambda ids: honest(ids)[..., :-1],
+        "wrong length": lambda ids: honest(ids)[:, :-1],
+        "whole numbers": lambda ids: honest(ids).long(),
+        "nan": lambda ids: spoiled(ids, math.nan),
+        "infinite": lambda ids: spoiled(ids, math.inf),
+    }
     with pytest.raises(ValueError, match=message):
-        prepare.evaluate_bpb(cheat(name, tokenizer.get_vocab_size()), tokenizer, 4)
+        prepare.evaluate_bpb(Answer(answers[name]), tokenizer, 4)
 
 
-def test_validation_rows_that_were_changed_are_refused(corpus, tokenizer):
-    path = corpus.directory / "val_rows.bin"
+# the model of train.py, its weights drawn so that every part of it counts, honest and not
+
+
+def gpt(tokenizer, dtype=torch.float32, depth=4):
+    torch.manual_seed(0)
+    config = train.Config(tokenizer.get_vocab_size(), 64, depth, head_dim=32, aspect_ratio=16, window_pattern="SSSL")
+    model = train.GPT(config, train.Attention("matmul", 64, set(config.windows), torch.device("cpu")), dtype)
+    with torch.no_grad():
+        for weight in (*model.blocks.parameters(), model.head.weight):
+            weight.normal_(std=weight.shape[-1] ** -0.5)
+    return model
+
+
+def round_at_random(module, inputs, output):
+    """Round to bf16, up or down at random: more noise than kernels make whose sums come in any order."""
+    bits = output.float().view(torch.int32) + torch.randint(2**16, output.shape, dtype=torch.int32)
+    return (bits & -(2**16)).view(torch.float32).to(output.dtype)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16 with other bits every time"])
+def test_an_honest_model_is_never_refused(short, tokenizer, kind, batch_size):
+    model = gpt(tokenizer, torch.float32 if kind == "float32" else torch.bfloat16)
+    if kind == "bfloat16 with other bits every time":
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(round_at_random)
+    for _ in range(3):
+        assert 1 < prepare.evaluate_bpb(model, tokenizer, batch_size) < 10
+
+
+def test_an_honest_compiled_model_is_never_refused(short, tokenizer):
+    model = gpt(tokenizer, depth=2)
+    compiled = prepare.evaluate_bpb(torch.compile(model, dynamic=False), tokenizer, 4)
+    assert compiled == pytest.approx(prepare.evaluate_bpb(model, tokenizer, 4), abs=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_an_honest_model_is_never_refused_on_a_gpu(short, tokenizer, backend, batch_size):
+    model, device = gpt(tokenizer, torch.bfloat16).cuda(), torch.device("cuda")
+    model.attention = train.Attention(backend, 64, set(model.config.windows), device)
+    for _ in range(3):
+        assert 1 < prepare.evaluate_bpb(torch.compile(model, dynamic=False), tokenizer, batch_size) < 10
+
+
+class Peeking(train.Attention):
+    """Attention in which some heads of some blocks see `ahead` later tokens."""
+
+    def __init__(self, model, ahead, heads, blocks):
+        super().__init__("matmul", 64, set(model.config.windows), torch.device("cpu"))
+        self.ahead, self.heads, self.peeks = ahead, heads, False
+        for index, block in enumerate(model.blocks):
+            block.register_forward_pre_hook(lambda *_, here=index in blocks: setattr(self, "peeks", here))
+
+    def __call__(self, q, k, v, window):
+        honest, masks = super().__call__(q, k, v, window), self.masks
+        if not self.peeks:
+            return honest
+        at = torch.arange(64)
+        seen = (at <= at[:, None] + self.ahead) & (at >= at[:, None] - window)
+        self.masks = {window: torch.where(seen, 0.0, -math.inf)}
+        peeked, self.masks = super().__call__(q, k, v, window), masks
+        return torch.where((torch.arange(q.shape[2]) < self.heads)[:, None], peeked, honest)
+
+
+def cheat(name, tokenizer, full_batch):
+    """A model that is not judged by what it can predict."""
+    model, vocab = gpt(tokenizer), tokenizer.get_vocab_size()
+    if name in ("window off by one", "bidirectional", "one head of one layer"):
+        ahead, heads, blocks = {
+            "window off by one": (1, 2, range(4)),
+            "bidirectional": (64, 2, range(4)),
+            "one head of one layer": (1, 1, [1]),
+        }[name]
+        model.attention = Peeking(model, ahead, heads, blocks)
+        return model
+    if name == "convolution with padding on the wrong side":
+        conv = nn.Conv1d(64, 64, 3)
+        embed = nn.Sequential(nn.Embedding(vocab, 64), nn.Linear(64, 64))
+        return Answer(lambda ids: model.head(conv(nn.functional.pad(embed(ids).mT, (1, 1))).mT))
+    if name == "shifted embedding":
+        model.embedding.register_forward_hook(lambda _module, _ids, x: x + x.roll(-1, 1))
+        return model
+    if name == "statistics of the batch":
+        model.head.register_forward_pre_hook(lambda _module, inputs: (inputs[0] - inputs[0].mean(0),))
+        return model
+    calls, counts = [], torch.zeros(vocab, vocab)
+
+    def next_token(ids):
+        return 0.1 * nn.functional.one_hot(ids.roll(-1, 1), vocab)
+
+    def pairs_seen(ids):
+        calls.append(len(ids))
+        logits = model(ids) + 2 * (counts[ids] + 1).log()
+        counts.index_put_((ids[:, :-1], ids[:, 1:]), torch.ones(()), accumulate=True)
+        return logits
+
+    def learn(ids):
+        with torch.enable_grad():
+            nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.sub_(0.01 * weight.grad)
+                weight.grad = None
+        return model(ids)
+
+    learning = Answer(learn)
+    learning.model = model
+    return {
+        "pairs of tokens seen in validation": Answer(pairs_seen),
+        "parameters that learn": learning,
+        "not in the first batch": Answer(
+            lambda ids: model(ids) + (calls.append(0) or len(calls) > 2) * next_token(ids)
+        ),
+        "at the full batch size": Answer(lambda ids: model(ids) + (len(ids) == full_batch) * next_token(ids)),
+    }[name]
+
+
+SEEN = r"batch \d+, row \d+, position \d+: the loss moves by \S+ nats"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("window off by one", f"{SEEN} when tokens after position \\d+ change: the model sees what it has to predict"),
+        ("bidirectional", f"{SEEN} when tokens after position"),
+        ("convolution with padding on the wrong side", f"{SEEN} when tokens after position"),
+        ("shifted embedding", f"{SEEN} when tokens after position"),
+        ("one head of one layer", f"{SEEN} when tokens after position"),
+        ("statistics of the batch", f"{SEEN} when other rows of the batch change"),
+        ("pairs of tokens seen in validation", f"{SEEN} .* when the batch comes again: a state"),
+        ("parameters that learn", f"{SEEN} .* when the batch comes again: a state|parameters changed"),
+        ("not in the first batch", SEEN),
+        ("at the full batch size", f"{SEEN} when tokens after position"),
+    ],
+)
+def test_a_model_that_cheats_is_refused(short, tokenizer, name, message):
+    with pytest.raises(ValueError, match=message):
+        prepare.evaluate_bpb(cheat(name, tokenizer, full_batch=4), tokenizer, 4)
+
+
+def test_the_smallest_leak_that_is_refused_hardly_moves_val_bpb(short, tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare, "refuse_leaks", lambda *_: None)
+    honest, peeking = gpt(tokenizer), cheat("one head of one layer", tokenizer, full_batch=4)
+    difference = prepare.evaluate_bpb(peeking, tokenizer, 4) - prepare.evaluate_bpb(honest, tokenizer, 4)
+    assert 0 < abs(difference) < 0.01
+
+
+def test_parameters_that_change_during_the_evaluation_are_refused_even_if_no_loss_moves(short, tokenizer):
+    model = gpt(tokenizer)
+    answer = Answer(lambda ids: model.head.weight.mul_(1.0 + 2**-23) is None or model(ids))
+    answer.model = model
+    with pytest.raises(ValueError, match="parameters changed during the evaluation"):
+        prepare.evaluate_bpb(answer, tokenizer, 4)
+
+
+@pytest.mark.parametrize("name", ["val_rows.bin", "tokenizer.json"])
+def test_files_that_were_changed_are_refused(corpus, tokenizer, name):
+    path = corpus.directory / name
     original = path.read_bytes()
     try:
         path.write_bytes(bytes([original[0] ^ 1]) + original[1:])
-        with pytest.raises(SystemExit, match=r"val_rows.bin is damaged.*uv run prepare.py"):
+        with pytest.raises(SystemExit, match=f"{name} is damaged.*uv run prepare.py"):
             prepare.evaluate_bpb(Causal(tokenizer.get_vocab_size()), tokenizer, 4)
     finally:
         path.write_bytes(original)
+
+
+def test_a_tokenizer_whose_tokens_are_longer_is_refused(short, corpus):
+    class Longer(prepare.Tokenizer):
+        def tokens(self):
+            return [token * 2 for token in super().tokens()]
+
+    with pytest.raises(ValueError, match=r"the tokenizer handed over is not that of .*folder-networkx"):
+        prepare.evaluate_bpb(Causal(corpus.vocab_size), Longer(corpus), 4)

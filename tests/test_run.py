@@ -4,10 +4,12 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
+import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, environ
 
 import prepare
 
@@ -79,6 +81,7 @@ def test_a_run_from_start_to_summary_is_recorded_and_logged(command, clone, fold
     assert record["train_committed"] is True
     assert record["train_source"] == (clone / "train.py").read_text()
     assert record["seed"] == 7
+    assert record["train_edited"] is False
 
     logged = command("prepare.py", "log", "keep", "baseline,\twith a tab\nand a line", cwd=clone)
     assert logged.returncode == 0, logged.stdout
@@ -96,12 +99,16 @@ def test_a_run_from_start_to_summary_is_recorded_and_logged(command, clone, fold
 
 def test_two_runs_of_one_seed_start_alike_and_another_seed_does_not(command, clone, folder, corpus):
     first_loss = "prepare.Run.progress = lambda self, at=iter((0, 0, 0, 1)): next(at)"
-    report = "finish = prepare.Run.finish; prepare.Run.finish = lambda self, val_bpb, *rest: "
-    report += "(print(f'seen {val_bpb:.4f}'), finish(self, val_bpb, *rest))"
-    script = SHORT.format(change="; ".join([UNCOMPILED, SMALLER, first_loss, report]))
-    seen = [command("-c", script, "--corpus", folder, "--seed", seed, cwd=clone).stdout for seed in (1, 1, 2)]
-    seen = [re.search(r"seen (\S+)", output)[1] for output in seen]
+    script = SHORT.format(change="; ".join([UNCOMPILED, SMALLER, first_loss]))
+    outputs = [command("-c", script, "--corpus", folder, "--seed", seed, cwd=clone).stdout for seed in (1, 1, 2)]
+    seen = [re.search(r"val_bpb: +(\S+)", output)[1] for output in outputs]
     assert seen[0] == seen[1] != seen[2]
+    said = [re.findall(r"this train.py was run already: seed (\d+), val_bpb (\S+)", output) for output in outputs]
+    assert said == [[], [("1", seen[0])], [("1", seen[0]), ("1", seen[1])]]
+    noise = abs(float(seen[0]) - float(seen[2])) / math.sqrt(2)
+    assert float(re.search(r"noise: +(\S+) \(pooled standard deviation, 2 runs", outputs[2])[1]) == pytest.approx(
+        noise, abs=1e-6
+    )
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_is_logged_as_a_crash(command, clone, folder, corpus):
@@ -145,12 +152,151 @@ def test_without_a_compiler_the_run_goes_on_uncompiled(command, clone, folder, c
     assert "not compiled after all" in result.stdout
 
 
-def test_a_second_run_on_the_device_is_refused(command, clone, folder, corpus):
-    device = "cpu" if prepare.get_device().type == "cpu" else prepare.torch.cuda.get_device_properties(0).uuid
-    with prepare.locked(prepare.cache_root() / f"device-{device}.lock", "", wait=False):
-        result = command("train.py", "--corpus", folder, cwd=clone)
+HANG = "train.fit = lambda run, *_: (print('here', flush=True), {how})"
+SLEEP = "__import__('time').sleep(600)"
+
+
+def begin(clone, folder, how=SLEEP):
+    """Start a run that gets as far as its warm-up and hangs there."""
+    script = SHORT.format(change=HANG.format(how=how))
+    arguments = [sys.executable, "-u", "-c", script, "--corpus", folder]
+    process = subprocess.Popen(
+        arguments, cwd=clone, env=environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while process.stdout.readline() != "here\n":
+        assert process.poll() is None
+    return process
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone_even_by_kill_9(command, clone, folder, corpus, tmp_path):
+    first = begin(clone, folder)
+    for cache in (prepare.cache_root(), tmp_path / "another cache"):
+        refused = command(
+            "train.py", "--corpus", folder, cwd=clone, AUTORESEARCH_CACHE=cache, TMPDIR=prepare.cache_root()
+        )
+        assert refused.returncode == 1
+        assert re.search(rf"held by process {first.pid}: two runs at once can't be compared", refused.stdout)
+    first.kill()
+    first.wait()
+    second = command("-c", SHORT.format(change=f"{UNCOMPILED}; {SMALLER}"), "--corpus", folder, cwd=clone)
+    assert second.returncode == 0, second.stdout
+    assert [record["status"] for record in records(clone)] == ["killed", "finished"]
+    assert records(clone)[0]["train_source"] == (clone / "train.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("how", "where"),
+    [
+        (SLEEP, "a call that waits"),
+        ("__import__('re').match('(a+)+b', 'a' * 99)", "a call into C that lets no other Python thread run"),
+    ],
+)
+def test_a_run_that_hangs_is_ended_with_the_tracebacks_of_all_threads(command, clone, folder, corpus, how, where):
+    script = f"import prepare; prepare.RUN_LIMIT = 4; {SHORT.format(change=HANG.format(how=how))}"
+    result = command("-c", script, "--corpus", folder, cwd=clone)
     assert result.returncode == 1
-    assert re.search(r"held by process \d+: two runs at once can't be compared", result.stdout)
+    assert len(re.findall(r"^(Current thread|Thread) 0x", result.stdout, re.MULTILINE)) >= 2, result.stdout
+    assert "in train" in result.stdout
+    assert not (prepare.cache_root() / "runs.jsonl").exists() or not records(clone)
+    assert command("prepare.py", "log", "crash", "it hung", cwd=clone).returncode == 0
+    (record,) = records(clone)
+    assert record["status"] == "timeout"
+    assert any("in train" in line for line in record["traceback"])
+    assert (clone / "results.tsv").read_text().splitlines()[-1].endswith("\t0.000000\t0.0\tcrash\tit hung")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_run_that_is_stopped_says_so_and_is_recorded(clone, folder, corpus, name):
+    process = begin(clone, folder)
+    process.send_signal(getattr(signal, name))
+    output = process.communicate(timeout=60)[0]
+    assert "stopped, at: starting" in output
+    assert "Traceback" not in output
+    (record,) = records(clone)
+    assert record["status"] == "stopped"
+    assert process.returncode == 1
+
+
+def test_a_run_whose_train_py_is_edited_meanwhile_says_so(command, clone, folder, corpus):
+    before = (clone / "train.py").read_text()
+    edit = "train.check_knobs = lambda _: open('train.py', 'a').write('# edited')"
+    result = command("-c", SHORT.format(change=f"{UNCOMPILED}; {SMALLER}; {edit}"), "--corpus", folder, cwd=clone)
+    assert "train.py was edited while the run went on" in result.stdout
+    (record,) = records(clone)
+    assert record["train_edited"] is True
+    assert record["train_source"] == before
+    assert record["train_committed"] is True
+
+
+APPEND = """
+import prepare, sys
+for number in range(50):
+    prepare.append_line("appended.jsonl", {"id": f"{sys.argv[1]}-{number}", "text": "x" * 50_000})
+"""
+
+
+def test_processes_that_append_at_once_never_tear_a_line(cache):
+    environment = environ()
+    processes = [subprocess.Popen([sys.executable, "-c", APPEND, str(i)], cwd=ROOT, env=environment) for i in range(4)]
+    assert [process.wait() for process in processes] == [0] * 4
+    lines = [json.loads(line) for line in (prepare.cache_root() / "appended.jsonl").read_text().splitlines()]
+    assert {line["id"] for line in lines} == {f"{i}-{number}" for i in range(4) for number in range(50)}
+    assert len(lines) == 200
+
+
+# the comparison with other runs
+
+
+@pytest.fixture
+def ledger(tmp_path, monkeypatch):
+    """An empty ledger and cache; calling it adds a run."""
+    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
+    (tmp_path / "results.tsv").write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n")
+
+    def add(number, val_bpb, text, seed=42, kept=None, **more):
+        record = {"id": str(number), "repository": str(tmp_path), "commit": f"{number:040d}", "status": "finished"}
+        record |= {"harness": "h", "device": "d", "train_sha256": text, "seed": seed, "val_bpb": val_bpb} | more
+        prepare.append_line("runs.jsonl", record)
+        if kept:
+            row = f"{record['commit'][:7]}\t{val_bpb:.6f}\t1.0\t{kept}\twhat"
+            prepare.append_line("ledger.jsonl", {"id": record["id"], "repository": str(tmp_path), "row": row})
+            with (tmp_path / "results.tsv").open("a") as file:
+                file.write(f"{row}\n")
+        return record
+
+    return add
+
+
+def test_without_seeds_or_kept_runs_there_is_nothing_to_compare(ledger):
+    assert prepare.comparison(ledger(1, 1.0, "a")) == {}
+
+
+def test_the_noise_is_pooled_over_texts_with_several_seeds(ledger):
+    for number, (text, seed, val_bpb) in enumerate(
+        [("a", 1, 1.00), ("a", 2, 1.02), ("a", 3, 1.04), ("b", 1, 0.90), ("b", 2, 0.92), ("c", 1, 0.5), ("c", 1, 0.6)]
+    ):
+        ledger(number, val_bpb, text, seed)
+    ledger(10, 5.0, "a", 4, harness="another")
+    ledger(11, 5.0, "a", 5, device="another")
+    ledger(12, 5.0, "a", 6, status="crash")
+    record = ledger(13, 0.8, "d")
+    expected = math.sqrt((0.02**2 * 2 + 0.02**2 / 2) / 3)  # sums of squares: 0.0008 and 0.0002, over 2 + 1
+    lines = prepare.comparison(record)
+    assert float(lines["noise"].split()[0]) == pytest.approx(expected, abs=1e-6)
+    assert "5 runs" in lines["noise"]
+    assert "best_kept" not in lines
+
+
+def test_the_best_kept_run_is_that_of_this_ledger(ledger):
+    ledger(1, 1.00, "a", 1, kept="keep")
+    ledger(2, 0.98, "a", 2, kept="keep")
+    ledger(3, 0.90, "b", kept="discard")
+    ledger(4, 0.80, "c")  # not logged
+    ledger(5, 0.70, "d", kept="keep", harness="another")
+    lines = prepare.comparison(ledger(6, 0.952, "e"))
+    assert lines["best_kept"] == "0.980000 (0000000)"
+    assert lines["difference"] == f"-0.028000 ({-0.028 / math.sqrt(0.0002):+.1f} x noise)"
 
 
 def test_help_says_what_a_run_takes(command):
@@ -220,13 +366,3 @@ def test_what_git_does_not_commit_is_not_logged_and_can_be_logged_later(command,
     (clone / ".git" / "index.lock").unlink()
     assert command("prepare.py", "log", "keep", "first", cwd=clone).returncode == 0
     assert (clone / "results.tsv").read_text().splitlines()[1].split("\t")[1:] == ["1.250000", "1.5", "keep", "first"]
-
-
-def test_a_run_that_is_stopped_says_so_in_a_line(command, clone, folder, corpus):
-    change = f"{UNCOMPILED}; {SMALLER}; train.evaluate_bpb = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)"
-    result = command("-c", SHORT.format(change=change), "--corpus", folder, cwd=clone)
-    assert result.returncode == 1
-    assert "stopped, at: evaluating after" in result.stdout
-    assert "Traceback" not in result.stdout
-    (record,) = records(clone)
-    assert record["status"] == "stopped"
