@@ -23,7 +23,6 @@ import re
 import resource
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,6 +51,7 @@ TIME_BUDGET = 300  # seconds of training in every run
 LATE = 30  # seconds that the last step may take beyond them
 RUN_LIMIT = 600  # seconds after which a run ends itself, whatever it is doing
 SEED = 42
+DEVICE_LOCK = f"{tempfile.gettempdir()}/autoresearch-%s.lock"  # one for all cache folders of this machine
 
 # Corpora --------------------------------------------------------------------------------------------------------------
 
@@ -190,29 +190,21 @@ def find_sources(corpus: Corpus) -> list[Source]:
             name, kept = str(file), file.suffix == ".py" and file.hash and file.parts[0] != ".."
             if kept and name not in PYTHON_LEFT_OUT:
                 sources.append(Source(Path(file.locate()), name, file.size, file.hash.value))
-    for folder, folders, names in os.walk(corpus.folder) if corpus.folder else ():
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(folder, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in suffixes and path.is_file():
-                name, stat = path.relative_to(corpus.folder).as_posix(), path.stat()
-                sources.append(Source(path, name, stat.st_size, str(stat.st_mtime_ns)))
+    for path in Path(corpus.folder).rglob("*") if corpus.folder else ():
+        name = path.relative_to(corpus.folder)
+        if path.suffix.lower() in suffixes and path.is_file() and not any(part[0] == "." for part in name.parts):
+            sources.append(Source(path, name.as_posix(), path.stat().st_size, str(path.stat().st_mtime_ns)))
     if not sources:
         raise SystemExit(f"{corpus.folder}: no text in it. Read are, at any depth: {' '.join(sorted(suffixes))}")
     return sorted(sources, key=lambda source: digest(source.name))
 
 
 def split_text(text: str, limit: int) -> Iterator[str]:
-    """Cut a text into documents of at most `limit` characters, at blank lines where there are some."""
-    start = 0
-    while start < len(text):
-        end = start + limit
-        if end < len(text):
-            cut = max(text.rfind("\n\n", start + 1, end), text.rfind("\r\n\r\n", start + 1, end))
-            cut = text.rfind("\n", start + 1, end) if cut < 0 else cut
-            end = end if cut < 0 else cut + 1
-        if document := text[start:end].strip("\r\n"):
+    """Cut a text into documents of at most `limit` characters, at blank lines where there are some, else at lines."""
+    cuts = (r"(?=\r?\n\r?\n|\Z)", r"(?=\r?\n|\Z)", "")
+    for part in re.finditer("|".join(f".{{1,{limit}}}{cut}" for cut in cuts), text, re.DOTALL):
+        if document := part[0].strip("\r\n"):
             yield document
-        start = end
 
 
 def read_documents(path: Path, limit: int) -> Iterator[str]:
@@ -359,17 +351,12 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def damage(path: Path, thorough: bool = True) -> str:
-    """Say in what a file differs from the manifest, in size or, if `thorough`, in content. Empty if in nothing."""
-    entry = read_manifest(path.parent)["files"].get(path.name)
-    if entry is None or not path.exists():
-        seen = "missing"
-    elif (size := path.stat().st_size) != entry["size"]:
-        seen = f"damaged: {size} bytes instead of {entry['size']}"
-    elif thorough and sha256_file(path) != entry["sha256"]:
-        seen = "damaged: its sha256 is not the manifest's"
-    else:
+    """Say that a file is not the manifest's, by its size or, if `thorough`, its content; say nothing if it is."""
+    entry, exists = read_manifest(path.parent)["files"].get(path.name), path.exists()
+    same = entry and exists and path.stat().st_size == entry["size"]
+    if same and (not thorough or sha256_file(path) == entry["sha256"]):
         return ""
-    return f"{path} is {seen}. `uv run prepare.py`, with the same --corpus, mends it"
+    return f"{path} is {'damaged' if exists else 'missing'}. `uv run prepare.py`, with the same --corpus, mends it"
 
 
 def verified(path: Path) -> bytes:
@@ -721,10 +708,11 @@ class Run:
         training, vocab = model.training, self.tokenizer.get_vocab_size()
         model.eval()
         with torch.no_grad():
-            losses = [token_losses(model, row[:, :-1], row[:, 1:], vocab, 0).mean().item() for row in rows]
+            losses = [token_losses(model, row[:, :-1], row[:, 1:], vocab, 0) for row in rows]
         model.train(training)
-        loss = statistics.fmean(losses)
-        if self.began or loss < math.log(vocab) - 0.5:
+        if self.began:
+            raise ValueError("the five minutes have begun already")
+        if (loss := torch.cat(losses).mean().item()) < math.log(vocab) - 0.5:
             seen = f"its loss is {loss:.2f} nats where a guess costs {math.log(vocab):.2f}"
             raise ValueError(f"the model has learned before the five minutes: {seen}. Undo every step of the warm-up")
         if self.device.type == "cuda":
@@ -778,11 +766,11 @@ def training_run(description: str | None) -> Iterator[Run]:
     source, device, cuda = (ROOT / "train.py").read_text(), get_device(), torch.cuda.is_available()
     name = torch.cuda.get_device_name() if cuda else f"cpu ({torch.backends.cpu.get_cpu_capability()})"
     unit = torch.cuda.get_device_properties(0).uuid if cuda else "cpu"
-    with locked(device_lock(unit), "two runs at once can't be compared; wait for it", wait=False):
+    with locked(Path(DEVICE_LOCK % unit), "two runs at once can't be compared; wait for it", wait=False):
         print(f"device: {name}{'' if cuda else ', for there is no CUDA device'}", flush=True)
-        busy = torch.cuda.device_memory_used() / 2**30 > 2 if cuda else os.getloadavg()[0] > os.cpu_count() / 2
-        if busy:
-            print("warning: other work is on this device, so val_bpb will be worse than it could be", flush=True)
+        free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
+        if total - free > 2 * 2**30 or (not cuda and os.getloadavg()[0] > os.cpu_count() / 2):
+            print("warning: the device has other work, which may make val_bpb worse than it could be", flush=True)
         corpus, why = choose_corpus(arguments.corpus, arguments.shards)
         if corpus.name == "climbmix" and not cuda:
             raise SystemExit("climbmix needs a GPU: a CPU would take hours to evaluate on it. Use --corpus python")
@@ -825,11 +813,6 @@ def training_run(description: str | None) -> Iterator[Run]:
             print("train.py was edited while the run went on: the record holds the text that it began with", flush=True)
 
 
-def device_lock(unit: str) -> Path:
-    """The lock file of a device, one for all cache folders of this machine."""
-    return Path(tempfile.gettempdir()) / f"autoresearch-{unit}.lock"
-
-
 @contextlib.contextmanager
 def limited(running: Path) -> Iterator[None]:
     """End the process past RUN_LIMIT, also in a call that never returns; tracebacks go to stderr and to `running`."""
@@ -866,8 +849,8 @@ def comparison(record: dict) -> dict[str, str]:
         texts.setdefault(run["train_sha256"], {})[run["seed"]] = run["val_bpb"]
     several = [list(seeds.values()) for seeds in texts.values() if len(seeds) > 1]
     if several:
-        squares = sum(statistics.variance(figures) * (len(figures) - 1) for figures in several)
-        noise = math.sqrt(squares / sum(len(figures) - 1 for figures in several))
+        squares, freedom = sum(np.var(figures) * len(figures) for figures in several), sum(len(f) - 1 for f in several)
+        noise = math.sqrt(squares / freedom)
         lines["noise"] = f"{noise:.6f} (pooled standard deviation, {sum(map(len, several))} runs with several seeds)"
     rows = {row["id"]: row["row"] for row in read_lines("ledger.jsonl")}
     kept = [run for run in runs if (row := rows.get(run["id"])) in ledger and "\tkeep\t" in row]
@@ -913,7 +896,7 @@ def read_lines(name: str) -> list[dict]:
 def log(status: str, description: str) -> None:
     """Append the last run to results.tsv and commit that file alone. Raises SystemExit with what to do if it can't."""
     for running in cache_root().glob("running-*.json"):
-        with contextlib.suppress(SystemExit), locked(device_lock(running.stem[8:]), "", wait=False):
+        with contextlib.suppress(SystemExit), locked(Path(DEVICE_LOCK % running.stem[8:]), "", wait=False):
             settle(running)  # of a run that ended without a word
     runs = [run for run in read_lines("runs.jsonl") if run["repository"] == str(ROOT)]
     description = " ".join(description.split())

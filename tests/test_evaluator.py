@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from cheats import Answer, Peeking, next_token, noisy
 
 import prepare
 import train
@@ -123,17 +124,6 @@ def test_running_out_of_memory_in_a_probe_counts_no_row_twice(short, tokenizer):
     assert prepare.evaluate_bpb(Tight(), tokenizer, 8) == pytest.approx(expected, abs=1e-6)
 
 
-class Answer(nn.Module):
-    """A model made of a function of ids."""
-
-    def __init__(self, answer):
-        super().__init__()
-        self.answer = answer
-
-    def forward(self, ids):
-        return self.answer(ids)
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -179,20 +169,12 @@ def gpt(tokenizer, dtype=torch.float32, depth=4):
     return model
 
 
-def round_at_random(module, inputs, output):
-    """Round to bf16, up or down at random: more noise than kernels make whose sums come in any order."""
-    bits = output.float().view(torch.int32) + torch.randint(2**16, output.shape, dtype=torch.int32)
-    return (bits & -(2**16)).view(torch.float32).to(output.dtype)
-
-
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16 with other bits every time"])
 def test_an_honest_model_is_never_refused(short, tokenizer, kind, batch_size):
     model = gpt(tokenizer, torch.float32 if kind == "float32" else torch.bfloat16)
     if kind == "bfloat16 with other bits every time":
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.register_forward_hook(round_at_random)
+        model = noisy(model)
     for _ in range(3):
         assert 1 < prepare.evaluate_bpb(model, tokenizer, batch_size) < 10
 
@@ -211,26 +193,6 @@ def test_an_honest_model_is_never_refused_on_a_gpu(short, tokenizer, backend, ba
     model.attention = train.Attention(backend, 64, set(model.config.windows), device)
     for _ in range(3):
         assert 1 < prepare.evaluate_bpb(torch.compile(model, dynamic=False), tokenizer, batch_size) < 10
-
-
-class Peeking(train.Attention):
-    """Attention in which some heads of some blocks see `ahead` later tokens."""
-
-    def __init__(self, model, ahead, heads, blocks):
-        super().__init__("matmul", 64, set(model.config.windows), torch.device("cpu"))
-        self.ahead, self.heads, self.peeks = ahead, heads, False
-        for index, block in enumerate(model.blocks):
-            block.register_forward_pre_hook(lambda *_, here=index in blocks: setattr(self, "peeks", here))
-
-    def __call__(self, q, k, v, window):
-        honest, masks = super().__call__(q, k, v, window), self.masks
-        if not self.peeks:
-            return honest
-        at = torch.arange(64)
-        seen = (at <= at[:, None] + self.ahead) & (at >= at[:, None] - window)
-        self.masks = {window: torch.where(seen, 0.0, -math.inf)}
-        peeked, self.masks = super().__call__(q, k, v, window), masks
-        return torch.where((torch.arange(q.shape[2]) < self.heads)[:, None], peeked, honest)
 
 
 def cheat(name, tokenizer, full_batch):
@@ -256,8 +218,8 @@ def cheat(name, tokenizer, full_batch):
         return model
     calls, counts = [], torch.zeros(vocab, vocab)
 
-    def next_token(ids):
-        return 0.1 * nn.functional.one_hot(ids.roll(-1, 1), vocab)
+    def leak(ids):
+        return 0.1 * next_token(ids, vocab)
 
     def pairs_seen(ids):
         calls.append(len(ids))
@@ -274,15 +236,11 @@ def cheat(name, tokenizer, full_batch):
                 weight.grad = None
         return model(ids)
 
-    learning = Answer(learn)
-    learning.model = model
     return {
         "pairs of tokens seen in validation": Answer(pairs_seen),
-        "parameters that learn": learning,
-        "not in the first batch": Answer(
-            lambda ids: model(ids) + (calls.append(0) or len(calls) > 2) * next_token(ids)
-        ),
-        "at the full batch size": Answer(lambda ids: model(ids) + (len(ids) == full_batch) * next_token(ids)),
+        "parameters that learn": Answer(learn, model),
+        "not in the first batch": Answer(lambda ids: model(ids) + (calls.append(0) or len(calls) > 2) * leak(ids)),
+        "at the full batch size": Answer(lambda ids: model(ids) + (len(ids) == full_batch) * leak(ids)),
     }[name]
 
 
@@ -318,8 +276,7 @@ def test_the_smallest_leak_that_is_refused_hardly_moves_val_bpb(short, tokenizer
 
 def test_parameters_that_change_during_the_evaluation_are_refused_even_if_no_loss_moves(short, tokenizer):
     model = gpt(tokenizer)
-    answer = Answer(lambda ids: model.head.weight.mul_(1.0 + 2**-23) is None or model(ids))
-    answer.model = model
+    answer = Answer(lambda ids: model.head.weight.mul_(1.0 + 2**-23) is None or model(ids), model)
     with pytest.raises(ValueError, match="parameters changed during the evaluation"):
         prepare.evaluate_bpb(answer, tokenizer, 4)
 

@@ -1,5 +1,6 @@
 """train.py and the ledger as a user runs them: subprocesses in a git clone, with the five minutes cut to seconds."""
 
+import itertools
 import json
 import math
 import re
@@ -244,6 +245,68 @@ def test_processes_that_append_at_once_never_tear_a_line(cache):
     assert len(lines) == 200
 
 
+# the clock
+
+
+@pytest.fixture
+def clocked(corpus, tokenizer):
+    """A run and a small model that has learned nothing yet."""
+    prepare.torch.manual_seed(0)
+    vocab = corpus.vocab_size
+    model = prepare.torch.nn.Sequential(prepare.torch.nn.Embedding(vocab, 8), prepare.torch.nn.Linear(8, vocab))
+    return prepare.Run(corpus, tokenizer, prepare.torch.device("cpu"), 42), model
+
+
+def learn(run, model):
+    """Twenty steps of training."""
+    optimizer = prepare.torch.optim.AdamW(model.parameters(), lr=0.1)
+    loader = prepare.make_dataloader(run.tokenizer, 4, 64, "train")
+    for x, y, _ in itertools.islice(loader, 20):
+        prepare.F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    loader.close()
+
+
+def test_a_model_that_learned_before_the_five_minutes_is_refused(clocked):
+    run, model = clocked
+    learn(run, model)
+    with pytest.raises(
+        ValueError, match=r"learned before the five minutes: its loss is \S+ nats where a guess costs 8\.3"
+    ):
+        run.start(model)
+
+
+def test_the_five_minutes_begin_once(clocked):
+    run, model = clocked
+    run.start(model)
+    with pytest.raises(ValueError, match="begun already"):
+        run.start(model)
+
+
+def test_a_step_that_goes_far_beyond_the_five_minutes_is_refused(clocked):
+    run, model = clocked
+    run.start(model)
+    run.began -= 320
+    assert run.progress() == 1
+    run.stop(model)
+    run.began -= 20
+    with pytest.raises(ValueError, match="training took 340 s instead of 300"):
+        run.stop(model)
+
+
+def test_parameters_that_change_after_the_five_minutes_are_refused(clocked):
+    run, model = clocked
+    run.start(model)
+    learn(run, model)
+    run.stop(model)
+    run.finish(model, 16, steps=1, tokens=1, depth=1, mfu=0.0)
+    assert float(run.summary["val_bpb"]) < math.log2(4096) / 2
+    learn(run, model)
+    with pytest.raises(ValueError, match="parameters changed after the five minutes"):
+        run.finish(model, 16, steps=1, tokens=1, depth=1, mfu=0.0)
+
+
 # the comparison with other runs
 
 
@@ -318,30 +381,12 @@ def test_a_script_of_the_family_finds_the_names_it_imports():
     assert (prepare.choose_corpus()[0].seq_len, 300) == (prepare.MAX_SEQ_LEN, prepare.TIME_BUDGET)
 
 
-FAMILY = """
-import torch
-from prepare import MAX_SEQ_LEN, TIME_BUDGET, Tokenizer, evaluate_bpb, make_dataloader
-
-tokenizer = Tokenizer.from_directory()
-vocab_size = tokenizer.get_vocab_size()
-model = torch.nn.Sequential(torch.nn.Embedding(vocab_size, 16), torch.nn.Linear(16, vocab_size))
-optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-loader = make_dataloader(tokenizer, 4, MAX_SEQ_LEN, "train")
-for step in range(20):
-    x, y, epoch = next(loader)
-    loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-print(f"seen {TIME_BUDGET} {evaluate_bpb(model, tokenizer, 64):.4f}")
-"""
-
-
 def test_a_script_of_the_family_runs_unmodified(command, folder, corpus):
-    result = command("-c", FAMILY, AUTORESEARCH_CORPUS=folder)
-    budget, val_bpb = re.search(r"seen (\d+) (\S+)", result.stdout).groups()
-    assert int(budget) == 300
+    result = command(ROOT / "tests" / "family_train.py", AUTORESEARCH_CORPUS=folder, PYTHONPATH=ROOT)
+    assert result.returncode == 0, result.stdout
+    val_bpb, steps = re.search(r"val_bpb: +(\S+)\nsteps: +(\d+) of 300 s", result.stdout).groups()
     assert 0.5 < float(val_bpb) < math.log2(corpus.vocab_size) / 2
+    assert int(steps) >= 1
 
 
 def test_a_record_that_was_cut_short_costs_no_other(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Model and optimizer of train.py, each against something independent."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -345,16 +346,16 @@ def test_warm_up_leaves_no_trace(tokenizer):
     train.train_step(model, optimizer, [batch])
     tensors = [*model.parameters(), *model.buffers(), *optimizer.tensors()]
     before = [tensor.clone() for tensor in tensors]
-    random_state, seen = torch.get_rng_state(), []
+    random_states, seen = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()), []
 
     def step():
-        torch.rand(3)
+        random.random(), np.random.rand(), torch.rand(3)
         seen.append(train.train_step(model, optimizer, [batch]).item())
 
     train.warm_up(model, optimizer, step)
     assert seen[0] != seen[1]  # it did train
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
-    assert torch.equal(torch.get_rng_state(), random_state)
+    assert random_states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     assert all(p.grad is None for p in model.parameters())
 
 
