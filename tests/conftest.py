@@ -1,10 +1,8 @@
 """One small real corpus, prepared once for all tests in a cache folder of their own."""
 
-import getpass
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import networkx
@@ -53,9 +51,8 @@ def tokenizer(corpus):
 
 
 def environ(**more):
-    """Environment of a command: no GPU, device locks apart from those of real runs, the compiler cache of this user."""
-    compiled = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
-    own = {"CUDA_VISIBLE_DEVICES": "", "TMPDIR": os.environ["AUTORESEARCH_CACHE"], "TORCHINDUCTOR_CACHE_DIR": compiled}
+    """Environment of a command: no GPU, and a place for device locks apart from those of real runs."""
+    own = {"CUDA_VISIBLE_DEVICES": "", "LOCKS": os.environ["AUTORESEARCH_CACHE"]}
     return os.environ | own | {name: str(value) for name, value in more.items()}
 
 

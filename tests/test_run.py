@@ -13,9 +13,11 @@ import pytest
 from conftest import ROOT, environ
 
 import prepare
+import train
 
 # The budget is no product flag: the test changes the module before train.py asks for it.
-SHORT = "import prepare; prepare.TIME_BUDGET = 4; import train; {change}; train.main()"
+SHORT = "import os, prepare; prepare.DEVICE_LOCK = os.environ['LOCKS'] + '/%s.lock'; "
+SHORT += "prepare.TIME_BUDGET = 4; import train; {change}; train.main()"
 UNCOMPILED = "train.choose_precision = lambda device: (train.torch.float32, False, 'for this test')"
 SMALLER = "train.TOTAL_BATCH_SIZE = train.DEVICE_BATCH_SIZE * 256; train.DEPTH = 1"
 
@@ -104,8 +106,10 @@ def test_two_runs_of_one_seed_start_alike_and_another_seed_does_not(command, clo
     outputs = [command("-c", script, "--corpus", folder, "--seed", seed, cwd=clone).stdout for seed in (1, 1, 2)]
     seen = [re.search(r"val_bpb: +(\S+)", output)[1] for output in outputs]
     assert seen[0] == seen[1] != seen[2]
-    said = [re.findall(r"this train.py was run already: seed (\d+), val_bpb (\S+)", output) for output in outputs]
-    assert said == [[], [("1", seen[0])], [("1", seen[0]), ("1", seen[1])]]
+    said = [re.findall(r"this text of train.py was run already, (\d) times: (.*)", output) for output in outputs]
+    once = f"seed 1 {float(seen[0])} on cpu"
+    assert not said[0]
+    assert [(count, rest.count(once)) for count, rest in said[1] + said[2]] == [("1", 1), ("2", 2)]
     noise = abs(float(seen[0]) - float(seen[2])) / math.sqrt(2)
     assert float(re.search(r"noise: +(\S+) \(pooled standard deviation, 2 runs", outputs[2])[1]) == pytest.approx(
         noise, abs=1e-6
@@ -172,9 +176,8 @@ def begin(clone, folder, how=SLEEP):
 def test_a_second_run_is_refused_until_the_first_is_gone_even_by_kill_9(command, clone, folder, corpus, tmp_path):
     first = begin(clone, folder)
     for cache in (prepare.cache_root(), tmp_path / "another cache"):
-        refused = command(
-            "train.py", "--corpus", folder, cwd=clone, AUTORESEARCH_CACHE=cache, TMPDIR=prepare.cache_root()
-        )
+        run = ["-c", SHORT.format(change="pass"), "--corpus", folder]
+        refused = command(*run, cwd=clone, AUTORESEARCH_CACHE=cache, LOCKS=prepare.cache_root())
         assert refused.returncode == 1
         assert re.search(rf"held by process {first.pid}: two runs at once can't be compared", refused.stdout)
     first.kill()
@@ -206,16 +209,19 @@ def test_a_run_that_hangs_is_ended_with_the_tracebacks_of_all_threads(command, c
     assert (clone / "results.tsv").read_text().splitlines()[-1].endswith("\t0.000000\t0.0\tcrash\tit hung")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_run_that_is_stopped_says_so_and_is_recorded(clone, folder, corpus, name):
+@pytest.mark.parametrize(
+    ("name", "status", "returncode"), [("SIGTERM", "stopped", 1), ("SIGINT", "stopped", 1), ("SIGKILL", "killed", -9)]
+)
+def test_a_run_that_is_ended_by_a_signal_can_be_logged(command, clone, folder, corpus, name, status, returncode):
     process = begin(clone, folder)
     process.send_signal(getattr(signal, name))
     output = process.communicate(timeout=60)[0]
-    assert "stopped, at: starting" in output
+    assert process.returncode == returncode
     assert "Traceback" not in output
-    (record,) = records(clone)
-    assert record["status"] == "stopped"
-    assert process.returncode == 1
+    assert ("stopped, at: starting" in output) == (status == "stopped")
+    assert command("prepare.py", "log", "crash", name, cwd=clone).returncode == 0
+    assert [record["status"] for record in records(clone)] == [status]
+    assert (clone / "results.tsv").read_text().splitlines()[-1].endswith(f"\t0.000000\t0.0\tcrash\t{name}")
 
 
 def test_a_run_whose_train_py_is_edited_meanwhile_says_so(command, clone, folder, corpus):
@@ -277,11 +283,17 @@ def test_a_model_that_learned_before_the_five_minutes_is_refused(clocked):
         run.start(model)
 
 
-def test_the_five_minutes_begin_once(clocked):
+def test_start_stop_and_finish_come_once_and_in_this_order(clocked):
     run, model = clocked
-    run.start(model)
-    with pytest.raises(ValueError, match="begun already"):
-        run.start(model)
+    calls = {"start": [model], "stop": [model], "finish": [model, 16, 1, 1, 1, 0.0]}
+    for right in calls:
+        for wrong in calls:
+            if wrong != right:
+                with pytest.raises(ValueError, match="once each, in this order"):
+                    getattr(run, wrong)(*calls[wrong])
+        getattr(run, right)(*calls[right])
+    with pytest.raises(ValueError, match="once each, in this order"):
+        run.finish(*calls["finish"])
 
 
 def test_a_step_that_goes_far_beyond_the_five_minutes_is_refused(clocked):
@@ -289,9 +301,7 @@ def test_a_step_that_goes_far_beyond_the_five_minutes_is_refused(clocked):
     run.start(model)
     run.began -= 320
     assert run.progress() == 1
-    run.stop(model)
-    run.began -= 20
-    with pytest.raises(ValueError, match="training took 340 s instead of 300"):
+    with pytest.raises(ValueError, match="training took 320 s instead of 300"):
         run.stop(model)
 
 
@@ -300,11 +310,30 @@ def test_parameters_that_change_after_the_five_minutes_are_refused(clocked):
     run.start(model)
     learn(run, model)
     run.stop(model)
-    run.finish(model, 16, steps=1, tokens=1, depth=1, mfu=0.0)
-    assert float(run.summary["val_bpb"]) < math.log2(4096) / 2
     learn(run, model)
-    with pytest.raises(ValueError, match="parameters changed after the five minutes"):
+    with pytest.raises(ValueError, match=r"after stop\(\) parameters or buffers changed"):
         run.finish(model, 16, steps=1, tokens=1, depth=1, mfu=0.0)
+
+
+def test_the_first_step_after_the_warm_up_sees_the_first_of_the_data(corpus, tokenizer, monkeypatch):
+    for name, value in {"DEPTH": 1, "DEVICE_BATCH_SIZE": 4, "TOTAL_BATCH_SIZE": 4 * 256}.items():
+        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(prepare, "TIME_BUDGET", 0.5)
+    monkeypatch.setattr(train, "choose_precision", lambda device: (prepare.torch.float32, False, "for this test"))
+    step, seen = train.train_step, []
+
+    def watched(model, optimizer, batches):
+        seen.append((batches[0][0].tolist(), float(optimizer.steps), model.head.weight.sum().item()))
+        return step(model, optimizer, batches)
+
+    monkeypatch.setattr(train, "train_step", watched)
+    run = prepare.Run(corpus, tokenizer, prepare.torch.device("cpu"), 7)
+    train.train(run)
+    expected = prepare.make_dataloader(tokenizer, 4, 256, "train", 7)
+    warm_up, again, first, second = seen[:4]
+    assert again[1:] != warm_up[1:] == first[1:]  # it trained, and was undone
+    assert [first[0], second[0]] == [next(expected)[0].tolist() for _ in range(2)]
+    expected.close()
 
 
 # the comparison with other runs
@@ -331,8 +360,10 @@ def ledger(tmp_path, monkeypatch):
     return add
 
 
-def test_without_seeds_or_kept_runs_there_is_nothing_to_compare(ledger):
+def test_without_seeds_or_kept_runs_there_is_nothing_to_compare(ledger, tmp_path):
     assert prepare.comparison(ledger(1, 1.0, "a")) == {}
+    (tmp_path / "results.tsv").unlink()
+    assert prepare.comparison(ledger(2, 1.0, "b")) == {}
 
 
 def test_the_noise_is_pooled_over_texts_with_several_seeds(ledger):
@@ -394,7 +425,7 @@ def test_a_record_that_was_cut_short_costs_no_other(tmp_path, monkeypatch):
     run = {"id": "1", "repository": str(prepare.ROOT)}
     prepare.append_line("runs.jsonl", run)
     with (tmp_path / "runs.jsonl").open("a") as file:
-        file.write('{"id": "2", "repo')
+        file.write('null\n{}\n{"id": "2", "repo')
     prepare.append_line("runs.jsonl", run | {"id": "3"})
     assert [line["id"] for line in prepare.read_lines("runs.jsonl")] == ["1", "3"]
 
