@@ -819,7 +819,7 @@ def training_run(description: str | None) -> Iterator[Run]:
         digests = {"train_sha256": hashlib.sha256(source.encode()).hexdigest(), "harness": harness_fingerprint(corpus)}
         record |= digests | {"train_committed": git("show", "HEAD:./train.py") == source.strip()}
         record |= {"command": sys.argv, "seed": arguments.seed, "device": name}
-        if past := [run for run in read_lines("runs.jsonl") if run.get("train_sha256") == record["train_sha256"]]:
+        if past := [run for run in read_lines("runs.jsonl") if run.items() >= digests.items()]:
             seen = (f"seed {run['seed']} {run.get('val_bpb', run['status'])} on {run['device']}" for run in past[-3:])
             print(f"this text of train.py was run already, {len(past)} times: {', '.join(seen)}", flush=True)
         run = Run(corpus, Tokenizer(corpus), device, arguments.seed)

@@ -103,6 +103,8 @@ def test_a_run_from_start_to_summary_is_recorded_and_logged(command, clone, fold
 def test_two_runs_of_one_seed_start_alike_and_another_seed_does_not(command, clone, folder, corpus):
     first_loss = "prepare.Run.progress = lambda self, at=iter((0, 0, 0, 1)): next(at)"
     script = SHORT.format(change="; ".join([UNCOMPILED, SMALLER, first_loss]))
+    with (clone / "train.py").open("a") as file:
+        file.write("# a text that no other test runs\n")
     outputs = [command("-c", script, "--corpus", folder, "--seed", seed, cwd=clone).stdout for seed in (1, 1, 2)]
     seen = [re.search(r"val_bpb: +(\S+)", output)[1] for output in outputs]
     assert seen[0] == seen[1] != seen[2]
