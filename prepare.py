@@ -564,7 +564,7 @@ AUDITS = 8  # batches audited besides the first, drawn at random in every evalua
 # ones by 0.08 and the mean by 0.0004. So twice what moves when a batch comes again is added. The smallest of the leaks,
 # one head of one block that sees one token ahead, moves a loss by 0.07, though val_bpb by no more than 0.002.
 TOLERANCE = 0.003
-UNSTEADY = 0.2  # most that a loss, and
+UNSTEADY = 0.5  # most that a loss, and
 DRIFT = 0.003  # that the mean may move when the same batch comes again
 
 
