@@ -560,9 +560,9 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, seed: int 
 AUDITS = 8  # batches audited besides the first, drawn at random in every evaluation; more of small ones
 
 # How far an audit may move losses, in nats. In two runs of tests/bench_judge.py (2026-11-23) honest models moved none
-# by a bit, in float32 or bfloat16; one whose layers all round to bfloat16 at random, worse than any kernel, moved single
-# ones by 0.11 and the mean by 0.0004. So twice what moves when a batch comes again is added. The smallest leak of one
-# head of one block that sees one token ahead moved a loss by 0.028, nine times TOLERANCE, though val_bpb by 0.0007 only.
+# by a bit, in float32 or bfloat16; one whose layers all round to bfloat16 at random, worse than any kernel, moved
+# single ones by 0.11 and the mean by 0.0004. So twice what moves when a batch comes again is added. The smallest leak of
+# one head of one block that sees one token ahead moved a loss by 0.028, nine times TOLERANCE, though val_bpb by 0.0007.
 TOLERANCE = 0.003
 UNSTEADY = 0.5  # most that a loss, and
 DRIFT = 0.003  # that the mean may move when the same batch comes again
