@@ -561,7 +561,7 @@ AUDITS = 8  # batches audited besides the first, drawn at random in every evalua
 
 # How far an audit may move losses, in nats. In two runs of tests/bench_judge.py (2026-11-23) honest models moved none
 # by a bit, in float32 or bfloat16; one whose layers all round to bfloat16 at random, worse than any kernel, moved
-# single ones by 0.11 and the mean by 0.0004. So twice what moves when a batch comes again is added. The smallest leak of
+# single ones by 0.11 and the mean by 0.0004. So twice what moves when a batch comes again is added. The least leak of
 # one head of one block that sees one token ahead moved a loss by 0.028, nine times TOLERANCE, though val_bpb by 0.0007.
 TOLERANCE = 0.003
 UNSTEADY = 0.5  # most that a loss, and
