@@ -189,10 +189,12 @@ def find_sources(corpus: Corpus) -> list[Source]:
             name, kept = str(file), file.suffix == ".py" and file.hash and file.parts[0] != ".."
             if kept and name not in PYTHON_LEFT_OUT:
                 sources.append(Source(Path(file.locate()), name, file.size, file.hash.value))
-    for path in Path(corpus.folder).rglob("*") if corpus.folder else ():
-        name = path.relative_to(corpus.folder)
-        if path.suffix.lower() in suffixes and path.is_file() and not any(part[0] == "." for part in name.parts):
-            sources.append(Source(path, name.as_posix(), path.stat().st_size, str(path.stat().st_mtime_ns)))
+    for folder, folders, names in os.walk(corpus.folder) if corpus.folder else ():
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() in suffixes and path.is_file():
+                name, stat = path.relative_to(corpus.folder).as_posix(), path.stat()
+                sources.append(Source(path, name, stat.st_size, str(stat.st_mtime_ns)))
     if not sources:
         raise SystemExit(f"{corpus.folder}: no text in it. Read are, at any depth: {' '.join(sorted(suffixes))}")
     return sorted(sources, key=lambda source: digest(source.name))
@@ -621,10 +623,12 @@ def judge(model: torch.nn.Module, rows: np.ndarray, tokens: list[bytes], batch_s
         numbers = np.arange(number * batch_size, (number + 1) * batch_size)
         batch = torch.from_numpy(rows[numbers % len(rows)].astype(np.int64))  # one shape: nothing is compiled twice
         x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        last = torch.randint(length - 1, (batch_size, 1), generator=draw)
-        other = torch.randint(1, vocab, x.shape, generator=draw) * (torch.arange(length) > last)
-        inputs = {"x": x, "changed": (x + other) % vocab}
-        calls = secret.sample(["x", "changed"], 2) if number in audited else ["x"]
+        inputs = {"x": x}
+        if number in audited:
+            last = torch.randint(length - 1, (batch_size, 1), generator=draw)
+            other = torch.randint(1, vocab, x.shape, generator=draw) * (torch.arange(length) > last)
+            inputs["changed"] = (x + other) % vocab
+        calls = secret.sample(sorted(inputs), len(inputs))
         losses = {name: token_losses(model, inputs[name], y, vocab, number) for name in calls}
         if number in audited:
             audits.append((number, x, y, last, inputs["changed"], losses["x"], losses["changed"]))
