@@ -14,6 +14,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,11 +31,13 @@ import threading
 import time
 import traceback
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, TextIO, TypeVar
+from urllib.parse import urljoin, urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +54,8 @@ TIME_BUDGET = 300  # seconds of training in every run
 LATE = 15  # seconds that the last step may take beyond them
 RUN_LIMIT = 600  # seconds after which a run ends itself, whatever it is doing
 SEED = 42
+LIVE_END = "\r\033[K" if sys.stdout.isatty() else ""  # wipes out the live line of a terminal
+T = TypeVar("T")
 DEVICE_LOCK = "/tmp/autoresearch-%s.lock"  # one for all users and cache folders of this machine
 
 # Corpora --------------------------------------------------------------------------------------------------------------
@@ -81,6 +87,12 @@ class Corpus:
     num_shards: int | None = None  # climbmix: training shards
     folder: str | None = None  # folder: where its text is
 
+    @property
+    def command(self) -> str:
+        """The command that prepares it."""
+        shards = f" --shards {self.num_shards}" if self.num_shards else ""
+        return f"uv run prepare.py --corpus {shlex.quote(self.folder or self.name)}{shards}"
+
 
 def cache_root() -> Path:
     """The cache folder: $AUTORESEARCH_CACHE, else $XDG_CACHE_HOME/autoresearch, else ~/.cache/autoresearch."""
@@ -99,10 +111,12 @@ def choose_corpus(choice: str | None = None, num_shards: int | None = None) -> t
     if not (choice := choice or os.environ.get("AUTORESEARCH_CORPUS")):
         choice, with_cuda = ("climbmix", "with") if scale is LARGE else ("python", "without")
         why = f"the default {with_cuda} CUDA; --corpus takes climbmix, python or a folder"
-    if num_shards is not None and not (choice == "climbmix" and 0 < num_shards <= CLIMBMIX_TRAIN_SHARDS):
-        raise SystemExit(f"--shards {num_shards} with {choice}: only climbmix has shards, 1 to {CLIMBMIX_TRAIN_SHARDS}")
+    num_all = CLIMBMIX_TRAIN_SHARDS
+    if num_shards is not None and not (choice == "climbmix" and (0 < num_shards <= num_all or num_shards == -1)):
+        raise SystemExit(f"--shards {num_shards} with {choice}: only climbmix has shards, 1 to {num_all} (-1: all)")
     if choice == "climbmix":
-        return Corpus(choice, cache_root() / choice, **LARGE, num_shards=num_shards or 10), why
+        number = num_all if num_shards == -1 else num_shards or 10
+        return Corpus(choice, cache_root() / choice, **LARGE, num_shards=number), why
     if choice == "python":
         return Corpus(choice, cache_root() / choice, **SMALL), why
     folder = Path(choice).expanduser().resolve()
@@ -128,45 +142,231 @@ SOURCE_SHA256 = sha256_file(Path(__file__))
 SMALL_HERE = os.environ.get("AUTORESEARCH_CORPUS") == "python" or not torch.cuda.is_available()
 MAX_SEQ_LEN = (SMALL if SMALL_HERE else LARGE)["seq_len"]  # tokens; for scripts that import it
 
+# Progress -------------------------------------------------------------------------------------------------------------
+
+
+def say(line: str) -> None:
+    """Print a line, in place of a live one."""
+    print(f"{LIVE_END}{line}", flush=True)
+
+
+def make_meter() -> tqdm:
+    """A progress bar in bytes that prints nothing by itself: str() shows it, also where there is no terminal."""
+    bar = "{desc}: {percentage:.0f} % |{bar:20}| {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"
+    return tqdm(file=io.StringIO(), total=1, unit="B", unit_scale=True, bar_format=bar)
+
+
+def begin(meter: tqdm, name: str, total: float = 0, done: float = 0) -> None:
+    """Have a meter turn to the next thing, of which `done` bytes were there before."""
+    meter.reset(total)
+    meter.set_description_str(name, refresh=False)
+    meter.n = meter.initial = done
+
+
+@contextlib.contextmanager
+def status_line(status: Callable[[], str]) -> Iterator[None]:
+    """Show what `status` returns while the block runs: live on a terminal, elsewhere a line every 12 s."""
+    done, begin = threading.Event(), time.perf_counter()
+
+    def show() -> None:
+        while not done.wait(0.2 if LIVE_END else 12.0):
+            line = f"{status()} ({time.perf_counter() - begin:.0f} s)"
+            if LIVE_END:
+                print(f"{LIVE_END}{line[: shutil.get_terminal_size().columns - 1]}", end="\r", flush=True)
+            else:
+                print(line, flush=True)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        print(LIVE_END, end="", flush=True)
+
+
 # Download -------------------------------------------------------------------------------------------------------------
 
-RETRY_SECONDS = (1, 2, 4, 8, 16, 32)
-STALL_SECONDS = 30
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # between tries that bring nothing new: a minute without the hub is outlasted
+RETRY_AFTER = 300  # seconds at most that the hub may ask to be left alone
+STALL_SECONDS = 30  # without a byte, then a connection is given up
+OFFLINE_SECONDS = 6  # without any answer, then there is no network
+DOWNLOADS = 4  # shards at once
+TOKENS_PER_BYTE = 1.25  # of a shard on disk, in bytes of its token file; for the estimate of what will be needed
 
 
-def download(part: Path, url: str) -> None:
-    """Stream `url` into `part`, going on where it ends; verify size and sha256. Raises SystemExit with what to do."""
-    name, token = url.rsplit("/", 1)[1], os.environ.get("HF_TOKEN")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    for wait in (*RETRY_SECONDS, 0):
+class Remote(NamedTuple):
+    """A file as the hub describes it."""
+
+    location: str  # where its bytes are: on another host as a rule, and signed for some minutes only
+    size: int  # bytes
+    sha256: str
+
+
+def shard_names(corpus: Corpus) -> list[str]:
+    """The shards of climbmix that a corpus needs, that for validation first; none of a local corpus."""
+    numbers = (CLIMBMIX_TRAIN_SHARDS, *range(corpus.num_shards)) if corpus.num_shards else ()
+    return [f"shard_{number:05d}.parquet" for number in numbers]
+
+
+def shard_url(name: str) -> str:
+    """Where the hub, or the mirror that $HF_ENDPOINT names, has a shard of climbmix."""
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    return f"{hub.rstrip('/')}/datasets/{CLIMBMIX_REPO}/resolve/{CLIMBMIX_REVISION}/{name}"
+
+
+def ask(method: str, url: str, **options: object) -> requests.Response:
+    """Send a HTTP request. HF_TOKEN goes along to the hub's own address alone, and no .netrc takes its place."""
+    token, same = os.environ.get("HF_TOKEN", "").strip(), urlsplit(url)[:2] == urlsplit(shard_url(""))[:2]
+    if not re.fullmatch("[!-~]*", token):
+        raise SystemExit("HF_TOKEN holds a space or another character that no token has: copy it again, or unset it")
+
+    def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers |= {"Authorization": f"Bearer {token}"} if token and same else {}
+        return request
+
+    return requests.request(method, url, auth=authorize, timeout=STALL_SECONDS, **options)
+
+
+def describe(url: str) -> Remote:
+    """Ask the hub for size and sha256. Raises RequestException, and SystemExit where to ask again is no use."""
+    for _ in range(4):
+        answer = ask("HEAD", url, allow_redirects=False)
+        location = urljoin(url, answer.headers.get("Location", ""))
+        if "X-Linked-ETag" in answer.headers or not answer.is_redirect:
+            break
+        url = location  # the repository was renamed
+    if 400 <= answer.status_code < 500 and answer.status_code not in (408, 429):
+        what = "set HF_TOKEN to a token that may read it" if answer.status_code in (401, 403) else "it has no such file"
+        raise SystemExit(f"{url} answered {answer.status_code}: {what}. Is HF_ENDPOINT, if set, right?")
+    answer.raise_for_status()
+    try:
+        return Remote(location, int(answer.headers["X-Linked-Size"]), answer.headers["X-Linked-ETag"].strip('"'))
+    except (KeyError, ValueError):
+        raise SystemExit(f"no size and sha256 (X-Linked-Size, X-Linked-ETag) came with {url}: no dataset hub") from None
+
+
+def explain(error: BaseException) -> str:
+    """What is at the bottom of a failed request, without its URL, which may be signed."""
+    if (answer := getattr(error, "response", None)) is not None:
+        return f"HTTP {answer.status_code} {answer.reason}"
+    while error.__context__:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}"[:150]
+
+
+def require_network(url: str) -> None:
+    """Raise SystemExit if no answer of any kind comes within OFFLINE_SECONDS."""
+    answered, problems = threading.Event(), ["no answer"]
+
+    def knock() -> None:
+        while not answered.wait(len(problems) > 1):
+            try:
+                requests.head(url, timeout=OFFLINE_SECONDS, auth=lambda request: request)
+                answered.set()
+            except requests.RequestException as error:
+                problems.append(explain(error))
+
+    threading.Thread(target=knock, daemon=True).start()  # looking up a name may hang for longer than any time-out
+    if not answered.wait(OFFLINE_SECONDS):
+        answered.set()
+        hub = f"{urlsplit(url).netloc or url} can't be reached within {OFFLINE_SECONDS} s ({problems[-1]})"
+        without = "Without a network, `--corpus python` needs none"
+        raise SystemExit(f"{hub}. {without}; a mirror is chosen with HF_ENDPOINT=https://…")
+
+
+def retried(part: Path, stop: threading.Event, attempt: Callable[[], T]) -> T:
+    """Return what `attempt` returns, after waiting and trying again as long as it raises RequestException.
+
+    Raises SystemExit after RETRY_SECONDS in which `part` did not grow, or once `stop` is set.
+    """
+    waits, furthest = iter(RETRY_SECONDS), file_size(part)
+    while not stop.is_set():
         try:
-            head = requests.head(url, headers=headers, timeout=STALL_SECONDS)  # not redirected: the hub's own headers
-            if 400 <= head.status_code < 500 and head.status_code not in (408, 429):
-                raise SystemExit(f"{url} answered {head.status_code}: set HF_TOKEN, and see if HF_ENDPOINT is right")
-            head.raise_for_status()
-            size, sha256 = int(head.headers["X-Linked-Size"]), head.headers["X-Linked-ETag"].strip('"')
-            done = part.stat().st_size if part.exists() else 0
-            resume = {"Range": f"bytes={done}-"} if done else {}
-            if done < size:
-                with requests.get(url, headers=headers | resume, stream=True, timeout=STALL_SECONDS) as body:
-                    body.raise_for_status()
-                    resumed = body.status_code == 206  # else 200, from the start
-                    bar = tqdm(desc=name, initial=done * resumed, total=size, unit="B", unit_scale=True, disable=None)
-                    with bar, part.open("ab" if resumed else "wb") as file:
-                        for block in body.iter_content(2**16):
-                            bar.update(file.write(block))
-            if sha256_file(part) == sha256:
-                return
-            problem = f"{part.stat().st_size} of {size} bytes, not of the sha256 that the hub says"
-            if part.stat().st_size >= size:
-                part.unlink()  # whole but wrong
-        except (requests.RequestException, KeyError) as error:
-            problem = f"{type(error).__name__}: {error}"[:150]
-        print(f"{name}: {problem}{f'; next try in {wait} s' * bool(wait)}", flush=True)
-        time.sleep(wait)
-    raise SystemExit(
-        f"{url} did not arrive. The same command resumes. No network? --corpus python. A mirror? HF_ENDPOINT"
-    )
+            return attempt()
+        except requests.RequestException as error:
+            problem, headers = explain(error), getattr(error.response, "headers", {})
+        if file_size(part) > furthest:
+            waits, furthest = iter(RETRY_SECONDS), file_size(part)
+        if (wait := next(waits, None)) is None:
+            raise SystemExit(problem)
+        if (asked := headers.get("Retry-After", "")).isdecimal():
+            wait = max(wait, min(int(asked), RETRY_AFTER))
+        say(f"{part.stem}: {problem}; next try in {wait} s")
+        stop.wait(wait)
+    raise SystemExit("stopped")
+
+
+def fetch(part: Path, remote: Remote, meter: tqdm, stop: threading.Event) -> None:
+    """Append to `part` what it lacks. Raises RequestException if it does not have the hub's size and sha256 then."""
+    done = file_size(part)
+    if done < remote.size:
+        ranges = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
+        with ask("GET", remote.location, headers=ranges, stream=True) as answer:
+            if answer.status_code == 416:
+                part.unlink(missing_ok=True)  # what the hub has is shorter than it says: from the start, next time
+            answer.raise_for_status()
+            if done and answer.status_code != 206:  # it comes from the start
+                meter.update(-done)
+                done = 0
+            with part.open("ab" if done else "wb", buffering=0) as file:  # unbuffered: kill -9 loses nothing
+                for block in answer.iter_content(2**16):
+                    done += file.write(block)
+                    meter.update(len(block))
+                    if done > remote.size or stop.is_set():
+                        break
+    if done < remote.size:
+        raise requests.RequestException(f"{done} of {remote.size} bytes came")
+    if done > remote.size or sha256_file(part) != remote.sha256:
+        part.unlink()
+        raise requests.RequestException(f"{done} bytes of another sha256 than the hub's came, and were thrown away")
+
+
+def download(corpus: Corpus, names: list[str], meter: tqdm) -> None:
+    """Download shards, DOWNLOADS at once, and enter them in the manifest.
+
+    Raises SystemExit before the first byte if the hub refuses one or the disk is too small, else at the end with the
+    names of those that did not arrive.
+    """
+    require_network(shard_url(names[0]))
+    parts, stop = {name: corpus.directory / f"{name}.part" for name in names}, threading.Event()
+    for name, part in parts.items():
+        if (path := corpus.directory / name).exists() and not part.exists():
+            os.replace(path, part)  # it is not as the manifest says: it may be whole all the same, or its beginning
+
+    def look(name: str) -> Remote:
+        return retried(parts[name], stop, lambda: describe(shard_url(name)))
+
+    def bring(name: str) -> None:
+        def attempt() -> None:  # a location soon expires: another try asks for a new one
+            fetch(parts[name], remotes.pop(name, None) or describe(shard_url(name)), meter, stop)
+
+        retried(parts[name], stop, attempt)
+
+    begin(meter, f"asking for {len(names)} shards")
+    pool, failures = ThreadPoolExecutor(DOWNLOADS, "download"), []
+    try:
+        remotes = dict(zip(names, pool.map(look, names), strict=True))
+        begun = sum(map(file_size, parts.values()))
+        size, free = sum(remote.size for remote in remotes.values()), shutil.disk_usage(corpus.directory).free
+        if (needed := size * (1 + TOKENS_PER_BYTE) - begun) > free:
+            seen = f"shards and their tokens need about {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
+            raise SystemExit(f"{corpus.directory}: {seen}. Free some, set AUTORESEARCH_CACHE, or take fewer --shards")
+        begin(meter, "download", size, begun)
+        arrivals = {name: pool.submit(bring, name) for name in names}
+        for number, (name, arrival) in enumerate(arrivals.items()):
+            meter.set_description_str(f"download, {number} of {len(names)} shards", refresh=False)
+            try:
+                ensure(corpus, name, lambda part, arrival=arrival: arrival.result())
+            except SystemExit as problem:
+                failures.append(f"{name}: {problem}")
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+    if failures:
+        failures.append(f"{len(failures)} of {len(names)} shards did not arrive. `{corpus.command}` goes on from there")
+        raise SystemExit("\n".join(failures))
 
 
 # Documents ------------------------------------------------------------------------------------------------------------
@@ -183,6 +383,8 @@ class Source(NamedTuple):
 
 def find_sources(corpus: Corpus) -> list[Source]:
     """List the files of a local corpus in a fixed shuffled order. Raises SystemExit if there are none."""
+    if corpus.name == "climbmix":
+        return []
     sources, suffixes = [], {*TEXT_SUFFIXES.split(), ".parquet", ".jsonl"}
     for package in PYTHON_PACKAGES.split() if corpus.name == "python" else ():
         for file in importlib.metadata.files(package):
@@ -200,60 +402,77 @@ def find_sources(corpus: Corpus) -> list[Source]:
     return sorted(sources, key=lambda source: digest(source.name))
 
 
-def split_text(text: str, limit: int) -> Iterator[str]:
+def split_text(blocks: Iterable[str], limit: int) -> Iterator[str]:
     """Cut a text into documents of at most `limit` characters, at blank lines where there are some, else at lines."""
-    cuts = (r"(?=\r?\n\r?\n|\Z)", r"(?=\r?\n|\Z)", "")
-    for part in re.finditer("|".join(f".{{1,{limit}}}{cut}" for cut in cuts), text, re.DOTALL):
-        if document := part[0].strip("\r\n"):
-            yield document
+    cuts, rest = (r"(?=\r?\n\r?\n|\Z)", r"(?=\r?\n|\Z)", ""), ""
+    pattern = re.compile("|".join(f".{{1,{limit}}}{cut}" for cut in cuts), re.DOTALL)
+    for block in itertools.chain(blocks, [""]):  # the empty one ends the text
+        parts = pattern.findall(rest + block)
+        rest = parts.pop() if block else ""  # it may go on in the next block
+        yield from (document for part in parts if (document := part.strip("\r\n")))
 
 
-def read_documents(path: Path, limit: int) -> Iterator[str]:
+def read_text(file: TextIO) -> Iterator[str]:
+    """Yield a text file in blocks. Raises ValueError if it is not text in UTF-8."""
+    while block := file.read(2**22):
+        if "\0" in block:
+            raise ValueError("binary")
+        yield block
+
+
+def read_jsonl(file: BinaryIO) -> Iterator[str]:
+    """Yield what stands under "text" in each line. Raises SystemExit for a line of anything else."""
+    for number, line in enumerate(file, 1):
+        try:
+            yield json.loads(line)["text"].encode("utf-8", "replace").decode() if line.strip() else ""
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise SystemExit(f'{file.name}:{number}: expected a JSON object with a text under "text"') from None
+
+
+def read_documents(path: Path, meter: tqdm, limit: int = 0) -> Iterator[str]:
     """Yield the documents of a file, streaming; those of plain text are cut to `limit` characters.
 
     Raises ValueError if it is not text, OSError if it is unreadable, SystemExit for other than the format's documents.
     """
-    if path.suffix.lower() == ".parquet":
-        try:
-            with pq.ParquetFile(path) as file:
-                if "text" not in file.schema_arrow.names:
-                    raise SystemExit(f"{path}: no column text; its columns are {', '.join(file.schema_arrow.names)}")
-                for batch in file.iter_batches(1024, columns=["text"]):
-                    yield from (str(text) for text in batch.column(0).to_pylist() if text)
-        except (pa.ArrowException, OSError) as error:
-            raise SystemExit(f"{path}: not a readable parquet file ({error})") from None
-    elif path.suffix.lower() == ".jsonl":
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    text = json.loads(line)["text"].encode("utf-8", "replace").decode() if line.strip() else ""
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise SystemExit(f'{path}:{number}: expected a JSON object with a text under "text"') from None
+    if path.suffix.lower() != ".parquet":
+        with path.open("rb") as file:
+            at, text_file = 0, io.TextIOWrapper(file, "utf-8", newline="")
+            jsonl = path.suffix.lower() == ".jsonl"
+            for text in read_jsonl(file) if jsonl else split_text(read_text(text_file), limit):
+                meter.update(file.tell() - at)
+                at = file.tell()
                 if text:
                     yield text
-    elif b"\0" in (data := path.read_bytes()):
-        raise ValueError("binary")
-    else:
-        yield from split_text(data.decode("utf-8"), limit)
+        return
+    try:
+        with pq.ParquetFile(path) as file:
+            if "text" not in (names := file.schema_arrow.names):
+                raise SystemExit(f"{path}: no column text; its columns are {', '.join(names)}")
+            for batch in file.iter_batches(1024, columns=["text"]):
+                meter.update(path.stat().st_size * batch.num_rows / file.metadata.num_rows)
+                yield from (str(text) for text in batch.column(0).to_pylist() if text)
+    except (pa.ArrowException, OSError) as error:
+        raise SystemExit(f"{path}: not a readable parquet file ({error})") from None
 
 
-def local_documents(sources: list[Source], split: str, corpus: Corpus) -> Iterator[str]:
+def local_documents(sources: list[Source], split: str, corpus: Corpus, meter: tqdm) -> Iterator[str]:
     """Yield the documents of one split of a local corpus, saying which files could not be read.
 
     One file in 25 is held out, but of a file above 1 % of the text one document in 25; fewer of a very large corpus.
     """
     total, skipped = sum(source.size for source in sources), []
     holdout = max(25, min(total // (8 * corpus.eval_tokens), len(sources) // 2))
-    for position, source in enumerate(tqdm(sources, f"{split} text", unit=" files", disable=None, leave=False)):
+    for position, source in enumerate(sources):
         whole = corpus.name == "python" or source.size <= total / 100
-        if whole and (position % holdout == holdout - 1) != (split == "val"):
-            continue
-        try:
-            for index, text in enumerate(read_documents(source.path, 4 * corpus.seq_len)):  # characters: about a row
-                if whole or (index % holdout == holdout - 1) == (split == "val"):
-                    yield text
-        except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-            skipped.append(f"{source.path} ({error})")
+        if not whole or (position % holdout == holdout - 1) == (split == "val"):
+            try:  # characters: about a row
+                for index, text in enumerate(read_documents(source.path, meter, 4 * corpus.seq_len)):
+                    if whole or (index % holdout == holdout - 1) == (split == "val"):
+                        yield text
+            except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+                skipped.append(f"{source.path} ({error})")
+        else:
+            meter.update(source.size)
     if skipped:
         print_once(f"skipped {len(skipped)} files that are not UTF-8 text, the first is {skipped[0]}")
 
@@ -271,7 +490,7 @@ class Tokenizer:
     """Byte-pair encoding of a prepared corpus. Raises SystemExit if its file is not the manifest's."""
 
     def __init__(self, corpus: Corpus):
-        self.corpus, saved = corpus, json.loads(verified(corpus.directory / "tokenizer.json"))
+        self.corpus, saved = corpus, json.loads(verified(corpus, "tokenizer.json"))
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
         special = {token: len(ranks) + i for i, token in enumerate(saved["special"])}  # after all other ids
         rules = {"pat_str": saved["pattern"], "mergeable_ranks": ranks, "special_tokens": special}
@@ -308,9 +527,9 @@ class Tokenizer:
 
 def train_tokenizer(part: Path, documents: Iterable[str], vocab_size: int) -> None:
     """Train byte-pair merges on the first 10,000 characters of each document."""
-    if not (documents := list(documents)):
+    if not (texts := [text[:10_000] for text in documents]):
         raise SystemExit(f"there is no text that could be read. {TOO_SMALL}")
-    bpe, texts = rustbpe.Tokenizer(), (text[:10_000] for text in documents)
+    bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
     merges = sorted(bpe.get_mergeable_ranks(), key=lambda merge: merge[1])
     tokens = [base64.b64encode(bytes(token)).decode() for token, _ in merges]
@@ -320,62 +539,90 @@ def train_tokenizer(part: Path, documents: Iterable[str], vocab_size: int) -> No
 # Token cache ----------------------------------------------------------------------------------------------------------
 
 MANIFEST = "manifest.json"
+PIECE = 2**27  # bytes of text in a token file of a local corpus: what is lost at most when tokenizing is interrupted
 
 
 def read_manifest(directory: Path) -> dict:
-    """{"made_from": digest, "files": {name: {"size", "sha256"}}} of a place in the cache."""
+    """{"made_from": digests, "files": {name: {"size", "sha256", …}}} of a place in the cache."""
     path = directory / MANIFEST
+    if not path.exists():
+        return {"made_from": {}, "files": {}}
     try:
-        return json.loads(path.read_text()) if path.exists() else {"files": {}}
-    except ValueError as error:
-        raise SystemExit(f"{path} is damaged ({error}). Delete it, then `uv run prepare.py` makes it again") from None
+        manifest = json.loads(path.read_text())
+        if manifest.pop("digest") != digest(manifest):
+            raise ValueError("its digest is another")
+        return manifest
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        advice = f"Delete it, then `uv run prepare.py` makes it again ({type(error).__name__}: {error})"
+        raise SystemExit(f"{path} is damaged. {advice}") from None
 
 
-def write(path: Path, make: Callable[[Path], object]) -> None:
-    """Have `make` write a .part file, flush it to disk and give it its name: a file is whole or not there."""
+def write_manifest(directory: Path, manifest: dict) -> None:
+    """Write a manifest, with a digest of itself."""
+    write(directory / MANIFEST, json.dumps(manifest | {"digest": digest(manifest)}, sort_keys=True) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file under another name, flush it to disk and rename it: it is whole or not there."""
     part = path.with_name(f"{path.name}.part")
-    try:
-        make(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        if path.suffix != ".parquet":  # of a download, what there is is gone on with
-            part.unlink(missing_ok=True)
+    part.write_text(text)
+    flush(part)
+    os.replace(part, path)
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file of one line."""
-    write(path, lambda part: part.write_text(json.dumps(value) + "\n"))
+def flush(path: Path) -> None:
+    """Have a file on disk, whatever happens to the machine."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
-def damage(path: Path, thorough: bool = True) -> str:
-    """Say that a file is not the manifest's, by its size or, if `thorough`, its content; say nothing if it is."""
-    entry, exists = read_manifest(path.parent)["files"].get(path.name), path.exists()
-    same = entry and exists and path.stat().st_size == entry["size"]
-    if same and (not thorough or sha256_file(path) == entry["sha256"]):
-        return ""
-    return f"{path} is {'damaged' if exists else 'missing'}. `uv run prepare.py`, with the same --corpus, mends it"
+def file_size(path: Path) -> int:
+    """Bytes of a file, 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
-def verified(path: Path) -> bytes:
+def is_whole(path: Path, entry: dict | None, thorough: bool = True) -> bool:
+    """Whether a file has the size and, if `thorough`, the sha256 of its entry in the manifest."""
+    same = entry and path.exists() and file_size(path) == entry["size"]
+    return bool(same) and (not thorough or sha256_file(path) == entry["sha256"])
+
+
+def damaged(corpus: Corpus, names: Iterable[str], thorough: bool = True) -> dict[str, str]:
+    """Say what is wrong with files, by name, and what mends it. If `thorough` they are read, on all cores."""
+    files, names = read_manifest(corpus.directory)["files"], list(names)
+    paths, entries = [corpus.directory / name for name in names], [files.get(name) for name in names]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = zip(paths, pool.map(is_whole, paths, entries, itertools.repeat(thorough)), strict=True)
+        bad = [path for path, whole in found if not whole]
+    seen = {path: "damaged" if path.exists() else "missing" for path in bad}
+    return {path.name: f"{path} is {seen[path]}. `{corpus.command}` mends it" for path in bad}
+
+
+def verified(corpus: Corpus, name: str) -> bytes:
     """Return the content of a prepared file. Raises SystemExit if it is missing or its sha256 is not the manifest's."""
-    if problem := damage(path):
-        raise SystemExit(problem)
-    return path.read_bytes()
+    if problems := damaged(corpus, [name]):
+        raise SystemExit(problems[name])
+    return (corpus.directory / name).read_bytes()
 
 
-def ensure(path: Path, thorough: bool, make: Callable[[Path], object]) -> Path:
-    """Return the path of a file of the manifest, after making it if it is not there and whole."""
-    begin = time.perf_counter()
-    if damage(path, thorough):
-        with contextlib.nullcontext() if sys.stdout.isatty() else status_line(lambda: f"making {path.name}"):
-            write(path, make)
-        manifest, entry = read_manifest(path.parent), {"size": path.stat().st_size, "sha256": sha256_file(path)}
-        write_json(path.parent / MANIFEST, manifest | {"files": manifest["files"] | {path.name: entry}})
-        seconds = time.perf_counter() - begin
-        print(f"{path.name}: {entry['size'] / 1e6:.2f} MB in {seconds:.1f} s", flush=True)
-    return path
+def ensure(corpus: Corpus, name: str, make: Callable[[Path], dict | None]) -> None:
+    """Have `make` write a .part file, enter it and what it returns in the manifest, and only then give it its name.
+
+    Killed in between, the next call finds a .part that is what the manifest says, and has only to rename it.
+    """
+    part, manifest = corpus.directory / f"{name}.part", read_manifest(corpus.directory)
+    if not is_whole(part, manifest["files"].get(name)):
+        try:
+            more = make(part)
+        except BaseException:
+            if not name.endswith(".parquet"):  # of a download, what there is is gone on with
+                part.unlink(missing_ok=True)
+            raise
+        flush(part)
+        manifest["files"][name] = {"size": file_size(part), "sha256": sha256_file(part)} | (more or {})
+        write_manifest(corpus.directory, manifest)
+    os.replace(part, corpus.directory / name)
+    say(f"{name}: {manifest['files'][name]['size'] / 1e6:.2f} MB")
 
 
 @contextlib.contextmanager
@@ -392,8 +639,9 @@ def locked(path: Path, advice: str, wait: bool) -> Iterator[None]:
             message = f"{path} is held by process {lock.read()}: {advice}"
             if not wait:
                 raise SystemExit(message) from None
-            print(message, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            say(message)
+            with status_line(lambda: "waiting"):
+                fcntl.flock(lock, fcntl.LOCK_EX)
         lock.seek(0)
         lock.truncate()
         print(os.getpid(), end="", file=lock, flush=True)
@@ -405,73 +653,162 @@ def locked(path: Path, advice: str, wait: bool) -> Iterator[None]:
 
 def prepare(corpus: Corpus, thorough: bool = False) -> None:
     """Make what is missing of a corpus, if `thorough` also what is damaged. Safe to kill and to run twice at once."""
-    with explained_disk_errors(corpus.directory), locked(corpus.directory / "lock", "waiting for it", wait=True):
-        build(corpus, thorough)
-
-
-@contextlib.contextmanager
-def explained_disk_errors(directory: Path) -> Iterator[None]:
-    """Turn a full disk or a folder that can't be written into SystemExit with what to do."""
+    meter = make_meter()
     try:
-        yield
+        with (
+            locked(corpus.directory / "lock", "waiting for it", wait=True),
+            status_line(lambda: str(meter) if meter.total else meter.desc),
+        ):
+            build(corpus, thorough, meter)
     except OSError as error:
         advice = "Free some space, or set AUTORESEARCH_CACHE to a folder that can be written. Finished files are kept"
-        raise SystemExit(f"can't write to {directory}: {error}. {advice}") from None
+        raise SystemExit(f"can't write to {corpus.directory}: {error}. {advice}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped. What is finished is kept, and `{corpus.command}` goes on from there") from None
 
 
-def build(corpus: Corpus, thorough: bool) -> None:
+def made_from(corpus: Corpus, sources: list[Source]) -> dict[str, str]:
+    """Digests of what decides all that is in the cache."""
+    text = digest([(source.name, source.size, source.stamp) for source in sources])
+    scale = digest(corpus.vocab_size, corpus.seq_len, corpus.eval_tokens)
+    return {"prepare.py": SOURCE_SHA256, "text": text, "configuration": scale}
+
+
+def build(corpus: Corpus, thorough: bool, meter: tqdm) -> None:
     """Make the files of a corpus: shards to download, tokenizer.json, val_rows.bin, train_*.tokens."""
-    sources = [] if corpus.name == "climbmix" else find_sources(corpus)
-    scale = (corpus.vocab_size, corpus.seq_len, corpus.eval_tokens)
-    made_from = digest(SOURCE_SHA256, scale, [(source.name, source.size, source.stamp) for source in sources])
-    manifest = read_manifest(corpus.directory)
-    if manifest.get("made_from") != made_from:
+    directory, sources = corpus.directory, find_sources(corpus)
+    if (manifest := read_manifest(directory))["made_from"] != (now := made_from(corpus, sources)):
         if manifest["files"]:
-            print(f"{corpus.directory} was made by another prepare.py or from other text: making it again", flush=True)
+            say(f"{directory} was made by another prepare.py or from other text: making it again")
+        for path in directory.iterdir():
+            if path.name != "lock" and ".parquet" not in path.name:
+                path.unlink()
         shards = {name: entry for name, entry in manifest["files"].items() if name.endswith(".parquet")}
-        write_json(corpus.directory / MANIFEST, {"made_from": made_from, "files": shards})
+        write_manifest(directory, {"made_from": now, "files": shards})
+    files = read_manifest(directory)["files"]
+    begin(meter, "reading what is prepared")
+    whole = files.keys() - damaged(corpus, files, thorough).keys()
 
     if corpus.name == "climbmix":
-        hub, shards = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), []
-        for number in (CLIMBMIX_TRAIN_SHARDS, *range(corpus.num_shards)):
-            name = f"shard_{number:05d}.parquet"
-            url = f"{hub}/datasets/{CLIMBMIX_REPO}/resolve/{CLIMBMIX_REVISION}/{name}"
-            shards.append(ensure(corpus.directory / name, thorough, functools.partial(download, url=url)))
-        val, *train = [functools.partial(read_documents, shard, 0) for shard in shards]
+        shards = shard_names(corpus)
+        if missing := [name for name in shards if name not in whole]:
+            download(corpus, missing, meter)
+        val, *train = [functools.partial(read_documents, directory / name, meter) for name in shards]
+        sizes, piece, first = [directory / name for name in shards[1:]], math.inf, 100_000
     else:
-        val, *train = [functools.partial(local_documents, sources, split, corpus) for split in ("val", "train")]
-    first = itertools.islice(train[0](), 100_000 if corpus.name == "climbmix" else 2**15)  # the first shard alone
-    make_tokenizer = functools.partial(train_tokenizer, documents=first, vocab_size=corpus.vocab_size)
-    ensure(corpus.directory / "tokenizer.json", thorough, make_tokenizer)
+        val, *train = [functools.partial(local_documents, sources, split, corpus, meter) for split in ("val", "train")]
+        sizes, piece, first = [source.path for source in sources], PIECE, 2**15
+
+    if "tokenizer.json" not in whole:
+        begin(meter, "tokenizer.json")
+        texts = itertools.islice(train[0](), first)  # of the first shard alone
+        ensure(corpus, "tokenizer.json", lambda part: train_tokenizer(part, texts, corpus.vocab_size))
     encoding = functools.cache(lambda: Tokenizer(corpus).encoding)
-    held_out = functools.cache(lambda: set(val()))
+    if "val_rows.bin" not in whole:
+        begin(meter, "val_rows.bin")
+        ensure(corpus, "val_rows.bin", lambda part: write_val_rows(part, val(), corpus, encoding()))
+    held_out = functools.cache(lambda: {text_key(text.encode()) for text in val()})
+    begin(meter, "tokens", sum(map(file_size, sizes)))
+    names: list[str] = []
+    for documents in train:
+        stream, entry = enumerate(documents()), {"documents": 0, "last": False}
+        while not entry["last"]:
+            names.append(f"train_{len(names):05d}.tokens")
+            if names[-1] not in whole:
+                make = functools.partial(write_tokens, stream=stream, begin=entry["documents"], size=piece)
+                ensure(corpus, names[-1], lambda part, make=make: make(part, held_out=held_out(), encoding=encoding()))
+            entry = read_manifest(directory)["files"][names[-1]]
+    if not any(file_size(directory / name) for name in names):
+        raise SystemExit(f"no text to train on that is not in the validation text as well. {TOO_SMALL}")
 
-    def write_val_rows(part: Path) -> None:
-        documents = ((ids, 1) for ids in encode_documents(val(), encoding()))
-        rows = itertools.islice(pack_rows(documents, corpus.seq_len + 1), corpus.eval_tokens // corpus.seq_len)
-        if not (rows := [row for row, _ in rows]):
-            raise SystemExit(f"the text held out for validation does not fill {corpus.seq_len} tokens. {TOO_SMALL}")
-        part.write_bytes(np.stack(rows).tobytes())
 
-    def write_tokens(part: Path, documents: Callable[[], Iterator[str]]) -> None:
-        with part.open("wb") as file:
-            kept = (text for text in documents() if text not in held_out())  # no document stands in both splits
-            file.writelines(ids.tobytes() for ids in encode_documents(kept, encoding()))
-        if not part.stat().st_size:
-            raise SystemExit(f"no text to train on that is not in the validation text as well. {TOO_SMALL}")
+def text_key(text: bytes) -> bytes:
+    """What stands for a document where many are remembered: 16 bytes."""
+    return hashlib.blake2b(text, digest_size=16).digest()
 
-    ensure(corpus.directory / "val_rows.bin", thorough, write_val_rows)
-    for number, documents in enumerate(train):
-        make_tokens = functools.partial(write_tokens, documents=documents)
-        ensure(corpus.directory / f"train_{number:05d}.tokens", thorough, make_tokens)
+
+def write_val_rows(part: Path, documents: Iterator[str], corpus: Corpus, encoding: tiktoken.Encoding) -> None:
+    """Pack held-out documents into the rows that every run is judged by."""
+    bos = encoding.encode_single_token(BOS)
+    encoded = (
+        (ids, 1)
+        for tokens in encode_documents(documents, encoding)
+        for ids in np.split(tokens, find_documents(tokens, bos)[1:-1])
+    )
+    rows = itertools.islice(pack_rows(encoded, corpus.seq_len + 1), corpus.eval_tokens // corpus.seq_len)
+    if not (rows := [row for row, _ in rows]):
+        raise SystemExit(f"the text held out for validation does not fill {corpus.seq_len} tokens. {TOO_SMALL}")
+    part.write_bytes(np.stack(rows).tobytes())
+
+
+def write_tokens(
+    part: Path,
+    stream: Iterator[tuple[int, str]],
+    begin: int,
+    size: float,
+    held_out: set[bytes],
+    encoding: tiktoken.Encoding,
+) -> dict:
+    """Write tokens of the documents from number `begin` on, of about `size` bytes, without what is held out.
+
+    Returns {"documents": the number of the next document, "last": whether there is none}.
+    """
+    number = begin - 1
+
+    def kept() -> Iterator[str]:
+        nonlocal number, size
+        for number, text in stream:
+            if number < begin:
+                continue  # in a file that was written before
+            if text_key(data := text.encode()) not in held_out:  # no document stands in both splits
+                yield text
+            if (size := size - len(data)) <= 0:
+                return
+
+    with part.open("wb") as file:
+        file.writelines(encode_documents(kept(), encoding))
+    return {"documents": number + 1, "last": size > 0}
+
+
+def batch_texts(documents: Iterator[str], size: int) -> Iterator[list[str]]:
+    """Yield lists of documents that have `size` characters or a few more together."""
+    batch, characters = [], 0
+    for text in documents:
+        batch.append(text)
+        if (characters := characters + len(text)) >= size:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def encode_documents(documents: Iterator[str], encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
-    """Yield each document, BOS first, as uint16 ids, (tokens,), on all cores."""
-    bos = encoding.encode_single_token(BOS)
-    while batch := list(itertools.islice(documents, 1024)):
-        for ids in encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1):
-            yield np.array([bos, *ids], dtype=np.uint16)
+    """Yield the ids of many documents at a time, BOS before each, uint16 (tokens,), on all cores."""
+    no_specials = {"allowed_special": set(), "disallowed_special": ()}
+
+    def encode(text: str) -> np.ndarray:
+        try:
+            return encoding.encode_to_numpy(text, **no_specials)
+        except ValueError:  # a run of a million spaces is more than the split pattern can take
+            pieces = (text[at : at + 2**16] for at in range(0, len(text), 2**16))
+            return np.concatenate([encoding.encode_to_numpy(piece, **no_specials) for piece in pieces])
+
+    def encode_batch(texts: list[str]) -> np.ndarray:
+        try:
+            if any(BOS in text for text in texts):
+                raise ValueError("a text that spells BOS is text")
+            ids = encoding.encode_to_numpy(BOS + BOS.join(texts), allowed_special={BOS}, disallowed_special=())
+        except ValueError:
+            bos = [encoding.encode_single_token(BOS)]
+            ids = np.concatenate([ids for text in texts for ids in (bos, encode(text))])
+        return ids.astype(np.uint16)
+
+    with ThreadPoolExecutor(threads := os.cpu_count() or 1) as pool:
+        batches = batch_texts(documents, 2**18)
+        running = deque(pool.submit(encode_batch, batch) for batch in itertools.islice(batches, 2 * threads))
+        while running:
+            yield running.popleft().result()
+            running.extend(pool.submit(encode_batch, batch) for batch in itertools.islice(batches, 1))
 
 
 def harness_fingerprint(corpus: Corpus) -> str:
@@ -482,6 +819,12 @@ def harness_fingerprint(corpus: Corpus) -> str:
 
 
 # Dataloader -----------------------------------------------------------------------------------------------------------
+
+
+def find_documents(tokens: np.ndarray, bos: int) -> np.ndarray:
+    """Where the documents in uint16 (tokens,) begin, and where the last one ends: int64 (documents + 1,)."""
+    blocks = range(0, len(tokens), 2**22)  # one by one: little memory
+    return np.concatenate([*(at + np.flatnonzero(tokens[at : at + 2**22] == bos) for at in blocks), [len(tokens)]])
 
 
 def pack_rows(documents: Iterable[tuple[np.ndarray, int]], length: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -497,7 +840,7 @@ def pack_rows(documents: Iterable[tuple[np.ndarray, int]], length: int) -> Itera
         while room:
             while len(buffer) < 1000 and (item := next(documents, None)):
                 ids, epoch = item
-                insort(buffer, (len(ids), next(order), ids))
+                insort(buffer, (len(ids), next(order), ids[:length].copy()))  # a slice would keep its file in memory
             if not buffer:
                 return
             fits = bisect_left(buffer, (room + 1,))
@@ -511,19 +854,20 @@ def pack_rows(documents: Iterable[tuple[np.ndarray, int]], length: int) -> Itera
 
 def train_documents(corpus: Corpus, seed: int) -> Iterator[tuple[np.ndarray, int]]:
     """Yield (ids, epoch) for ever, slices of the memory-mapped tokens: shards shuffled, documents shuffled in each."""
-    names = sorted(name for name in read_manifest(corpus.directory)["files"] if name.endswith(".tokens"))
+    files, bos = read_manifest(corpus.directory)["files"], Tokenizer(corpus).get_bos_token_id()
+    names = sorted(name for name in files if name.endswith(".tokens"))[: corpus.num_shards]
     for epoch in itertools.count(1):
         rng = np.random.default_rng([seed, epoch])
-        for name in rng.permutation(names[: corpus.num_shards]):
+        for name in rng.permutation([name for name in names if files[name]["size"]]):
             tokens = np.asarray(np.memmap(corpus.directory / name, dtype=np.uint16, mode="r"))
-            starts = np.append(np.flatnonzero(tokens == Tokenizer(corpus).get_bos_token_id()), len(tokens))
+            starts = find_documents(tokens, bos)
             for i in rng.permutation(len(starts) - 1):
                 yield tokens[starts[i] : starts[i + 1]], epoch
 
 
 def read_val_rows(corpus: Corpus) -> np.ndarray:
     """The rows that every run is judged by: uint16, (rows, seq_len + 1). Raises SystemExit if they were changed."""
-    return np.frombuffer(verified(corpus.directory / "val_rows.bin"), dtype=np.uint16).reshape(-1, corpus.seq_len + 1)
+    return np.frombuffer(verified(corpus, "val_rows.bin"), dtype=np.uint16).reshape(-1, corpus.seq_len + 1)
 
 
 def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, seed: int = SEED) -> Iterator[tuple]:
@@ -541,7 +885,7 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, seed: int 
 
     def next_batch() -> tuple[torch.Tensor, int]:
         picked, epochs = zip(*itertools.islice(rows, B), strict=True)
-        batch = torch.from_numpy(np.stack(picked).astype(np.int64))
+        batch = torch.from_numpy(np.stack(picked).view(np.int16))  # PyTorch does little with uint16; ids are below 2^15
         return batch.pin_memory() if device.type == "cuda" else batch, epochs[-1]
 
     worker = ThreadPoolExecutor(1, "dataloader")
@@ -550,8 +894,8 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, seed: int 
         while True:
             batch, epoch = ready.pop(0).result()
             ready.append(worker.submit(next_batch))
-            batch = batch.to(device, non_blocking=True)
-            yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), epoch
+            batch = batch.to(device, non_blocking=True)  # two bytes a token: a quarter of what goes to the model
+            yield batch[:, :-1].long(), batch[:, 1:].long(), epoch
     finally:
         worker.shutdown(wait=False, cancel_futures=True)
 
@@ -701,26 +1045,6 @@ def digest_tensors(tensors: Iterable[torch.Tensor]) -> str:
 # Clock and run --------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def status_line(status: Callable[[], str]) -> Iterator[None]:
-    """Show what `status` returns while the block runs: live on a terminal, elsewhere a line every 12 s."""
-    live, done, begin = sys.stdout.isatty(), threading.Event(), time.perf_counter()
-
-    def show() -> None:
-        while not done.wait(0.2 if live else 12.0):
-            line = f"{status()} ({time.perf_counter() - begin:.0f} s)"[: shutil.get_terminal_size().columns - 1]
-            print(f"\033[K{line}\r" if live else f"{line}\n", end="", flush=True)
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        print("\033[K" if live else "", end="", flush=True)
-
-
 ORDER = "start() begins the five minutes, stop() ends them, finish() judges: once each, in this order"
 SUMMARY = {"val_bpb": ".6f", "training_seconds": ".1f", "total_seconds": ".1f", "peak_vram_mb": ".1f"}
 SUMMARY |= {"mfu_percent": ".2f", "total_tokens_M": ".1f", "num_steps": "d", "num_params_M": ".1f", "depth": "d"}
@@ -827,7 +1151,7 @@ def training_run(description: str | None) -> Iterator[Run]:
             seen = (f"seed {run['seed']} {run.get('val_bpb', run['status'])} on {run['device']}" for run in past[-3:])
             print(f"this text of train.py was run already, {len(past)} times: {', '.join(seen)}", flush=True)
         run = Run(corpus, Tokenizer(corpus), device, arguments.seed)
-        write_json(running, record | {"status": "killed"})  # what remains if the run ends without a word
+        write(running, json.dumps(record | {"status": "killed"}) + "\n")  # what remains if the run ends without a word
         try:
             with time_limited(running), status_line(lambda: run.status):
                 yield run
@@ -848,7 +1172,7 @@ def training_run(description: str | None) -> Iterator[Run]:
                 record["train_edited"] = (
                     not (path := ROOT / "train.py").exists() or path.read_bytes() != source.encode()
                 )
-                write_json(running, record)
+                write(running, json.dumps(record) + "\n")
                 record_ended_run(running)
             except OSError as error:  # the figures below are still worth having
                 print(f"the record could not be written to {cache_root()}: {error}", flush=True)
@@ -955,7 +1279,7 @@ def log(status: str, description: str) -> None:
     bpb, memory = (run["val_bpb"], run["peak_vram_mb"] / 1024) if finished and status != "crash" else (0.0, 0.0)
     row = f"{run['commit'][:7]}\t{bpb:.6f}\t{memory:.1f}\t{status}\t{description}"
     before = (ledger := ROOT / "results.tsv").read_text()
-    write(ledger, lambda part: part.write_text(before.rstrip("\n") + f"\n{row}\n"))
+    write(ledger, before.rstrip("\n") + f"\n{row}\n")
     commit = ["git", "-C", str(ROOT), "commit", "-q", "-m", f"log {status}: {description}", "--", "results.tsv"]
     if subprocess.run(commit).returncode:
         ledger.write_text(before)
@@ -967,11 +1291,25 @@ def log(status: str, description: str) -> None:
 # Commands -------------------------------------------------------------------------------------------------------------
 
 
+def check(corpus: Corpus) -> None:
+    """Verify everything on disk. Raises SystemExit with what is wrong, and the command that mends it."""
+    manifest, now = read_manifest(corpus.directory), made_from(corpus, find_sources(corpus))
+    if others := [what for what in now if manifest["files"] and manifest["made_from"].get(what) != now[what]]:
+        what = " and of another ".join(others)
+        raise SystemExit(f"{corpus.directory} is of another {what}. `{corpus.command}` makes it again")
+    tokens = {name: entry["last"] for name, entry in manifest["files"].items() if name.endswith(".tokens")}
+    number = corpus.num_shards or len(tokens) + (True not in tokens.values())  # the last is written at the end
+    names = ["tokenizer.json", "val_rows.bin", *(f"train_{i:05d}.tokens" for i in range(number))]
+    names = dict.fromkeys([*shard_names(corpus), *names, *manifest["files"]])
+    if problems := damaged(corpus, names):
+        raise SystemExit("\n".join(problems.values()))
+
+
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --corpus and --shards."""
     default = "$AUTORESEARCH_CORPUS, else climbmix with CUDA, python without"
     parser.add_argument("--corpus", metavar="NAME", help=f"climbmix, python or a folder of text (default: {default})")
-    parser.add_argument("--shards", metavar="N", type=int, help="shards of climbmix to train on (default 10)")
+    parser.add_argument("--shards", metavar="N", type=int, help="of climbmix, to train on (default 10, -1: all)")
 
 
 def main() -> None:
@@ -988,10 +1326,7 @@ def main() -> None:
     corpus, why = choose_corpus(arguments.corpus, arguments.shards)
     print(f"corpus: {corpus.folder or corpus.name} ({why})", flush=True)
     if arguments.command:
-        names = ["tokenizer.json", "val_rows.bin", *(f"train_{i:05d}.tokens" for i in range(corpus.num_shards or 1))]
-        names = dict.fromkeys([*names, *read_manifest(corpus.directory)["files"]])
-        if problems := [problem for name in names if (problem := damage(corpus.directory / name))]:
-            raise SystemExit("\n".join(problems))
+        check(corpus)
     else:
         prepare(corpus, thorough=True)
     size = sum(entry["size"] for entry in read_manifest(corpus.directory)["files"].values())

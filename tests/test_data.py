@@ -32,14 +32,14 @@ def every_plane():
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_a_long_text_is_cut_at_blank_lines_and_nothing_is_lost(newline):
     paragraphs = [newline.join(f"line {i}.{j}" for j in range(i % 7 + 1)) for i in range(100)]
-    documents = list(prepare.split_text((newline * 2).join(paragraphs), 200))
+    documents = list(prepare.split_text([(newline * 2).join(paragraphs)], 200))
     assert max(map(len, documents)) <= 200
     together = [part.strip() for document in documents for part in document.split(newline * 2)]
     assert together == paragraphs
 
 
 def test_a_text_without_any_line_is_cut_at_the_limit():
-    assert list(prepare.split_text("x" * 25, 10)) == ["x" * 10, "x" * 10, "x" * 5]
+    assert list(prepare.split_text(["x" * 25], 10)) == ["x" * 10, "x" * 10, "x" * 5]
 
 
 def make_folder(path, files=200, lines=40):
@@ -54,7 +54,7 @@ def make_folder(path, files=200, lines=40):
 def splits_of(folder):
     corpus, _ = prepare.choose_corpus(str(folder))
     sources = prepare.find_sources(corpus)
-    return [list(prepare.local_documents(sources, split, corpus)) for split in ("train", "val")]
+    return [list(prepare.local_documents(sources, split, corpus, prepare.make_meter())) for split in ("train", "val")]
 
 
 def test_whole_files_are_held_out_and_none_is_in_both_splits(tmp_path):
@@ -114,15 +114,15 @@ def test_the_python_corpus_holds_only_files_that_are_the_same_on_every_platform(
     assert all(source.path.is_file() and source.path.suffix == ".py" for source in sources)
     # whole files are held out, also where one is over 1 % of the text
     same = [max(sources, key=lambda source: source.size)] * 25
-    assert list(prepare.local_documents(same, "val", corpus)) == list(
-        prepare.read_documents(same[0].path, 4 * corpus.seq_len)
+    assert list(prepare.local_documents(same, "val", corpus, prepare.make_meter())) == list(
+        prepare.read_documents(same[0].path, prepare.make_meter(), 4 * corpus.seq_len)
     )
 
 
 def test_a_corpus_of_fewer_files_than_one_in_so_many_still_has_validation_text(tmp_path):
     corpus, _ = prepare.choose_corpus(str(make_folder(tmp_path, files=110, lines=3)))
     sources = [prepare.Source(s.path, s.name, 5_000_000, s.stamp) for s in prepare.find_sources(corpus)]
-    assert list(prepare.local_documents(sources, "val", corpus))
+    assert list(prepare.local_documents(sources, "val", corpus, prepare.make_meter()))
 
 
 # tokenizer
@@ -150,7 +150,7 @@ def test_specials_have_no_bytes_and_do_not_come_from_text(tokenizer):
 
 
 def test_tiktoken_encodes_as_the_library_that_trained_the_merges(tokenizer, corpus, folder):
-    documents = prepare.local_documents(prepare.find_sources(corpus), "train", corpus)
+    documents = prepare.local_documents(prepare.find_sources(corpus), "train", corpus, prepare.make_meter())
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(documents, corpus.vocab_size - 4, pattern=prepare.SPLIT_PATTERN)
     for text in (MULTILINGUAL, every_plane(), (folder / "convert.py").read_text()):
@@ -183,8 +183,8 @@ def test_preparing_again_changes_nothing_and_preparing_anew_makes_the_same_bytes
 
 def test_the_cached_tokens_are_the_text(corpus, tokenizer, folder):
     sources = prepare.find_sources(corpus)
-    texts = set(prepare.local_documents(sources, "train", corpus)) - set(
-        prepare.local_documents(sources, "val", corpus)
+    texts = set(prepare.local_documents(sources, "train", corpus, prepare.make_meter())) - set(
+        prepare.local_documents(sources, "val", corpus, prepare.make_meter())
     )
     documents = itertools.takewhile(lambda item: item[1] == 1, prepare.train_documents(corpus, seed=7))
     decoded = set()
