@@ -33,7 +33,7 @@ import traceback
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO, TypeVar
@@ -223,7 +223,7 @@ def ask(method: str, url: str, **options: object) -> requests.Response:
         raise SystemExit("HF_TOKEN holds a space or another character that no token has: copy it again, or unset it")
 
     def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers |= {"Authorization": f"Bearer {token}"} if token and same else {}
+        request.headers.update({"Authorization": f"Bearer {token}"} if token and same else {})
         return request
 
     return requests.request(method, url, auth=authorize, timeout=STALL_SECONDS, **options)
@@ -258,22 +258,26 @@ def explain(error: BaseException) -> str:
 
 def require_network(url: str) -> None:
     """Raise SystemExit if no answer of any kind comes within OFFLINE_SECONDS."""
-    answered, problems = threading.Event(), ["no answer"]
+    answer, problems = Future(), ["no answer"]
 
     def knock() -> None:
-        while not answered.wait(len(problems) > 1):
+        while not answer.done():
             try:
-                requests.head(url, timeout=OFFLINE_SECONDS, auth=lambda request: request)
-                answered.set()
+                answer.set_result(ask("HEAD", url, allow_redirects=False))
             except requests.RequestException as error:
                 problems.append(explain(error))
+                time.sleep(1)
+            except SystemExit as error:
+                answer.set_exception(error)
 
     threading.Thread(target=knock, daemon=True).start()  # looking up a name may hang for longer than any time-out
-    if not answered.wait(OFFLINE_SECONDS):
-        answered.set()
-        hub = f"{urlsplit(url).netloc or url} can't be reached within {OFFLINE_SECONDS} s ({problems[-1]})"
-        without = "Without a network, `--corpus python` needs none"
-        raise SystemExit(f"{hub}. {without}; a mirror is chosen with HF_ENDPOINT=https://…")
+    try:
+        answer.result(OFFLINE_SECONDS)
+    except TimeoutError:
+        answer.cancel()
+        seen = f"{urlsplit(url).netloc or url} can't be reached ({problems[-1]})"
+        advice = "No network? `--corpus python` needs none. A mirror? HF_ENDPOINT=https://…"
+        raise SystemExit(f"the shards did not arrive: {seen}. {advice}") from None
 
 
 def retried(part: Path, stop: threading.Event, attempt: Callable[[], T]) -> T:
@@ -553,8 +557,7 @@ def read_manifest(directory: Path) -> dict:
             raise ValueError("its digest is another")
         return manifest
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        advice = f"Delete it, then `uv run prepare.py` makes it again ({type(error).__name__}: {error})"
-        raise SystemExit(f"{path} is damaged. {advice}") from None
+        raise SystemExit(f"{path} is damaged ({error!r}). Delete it, then `uv run prepare.py` makes it again") from None
 
 
 def write_manifest(directory: Path, manifest: dict) -> None:
