@@ -55,7 +55,7 @@ LATE = 15  # seconds that the last step may take beyond them
 RUN_LIMIT = 600  # seconds after which a run ends itself, whatever it is doing
 SEED = 42
 LIVE_END = "\r\033[K" if sys.stdout.isatty() else ""  # wipes out the live line of a terminal
-T = TypeVar("T")
+Result = TypeVar("Result")
 DEVICE_LOCK = "/tmp/autoresearch-%s.lock"  # one for all users and cache folders of this machine
 
 # Corpora --------------------------------------------------------------------------------------------------------------
@@ -192,7 +192,6 @@ RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # between tries that bring nothing new: a 
 RETRY_AFTER = 300  # seconds at most that the hub may ask to be left alone
 STALL_SECONDS = 30  # without a byte, then a connection is given up
 OFFLINE_SECONDS = 6  # without any answer, then there is no network
-DOWNLOADS = 4  # shards at once
 TOKENS_PER_BYTE = 1.25  # of a shard on disk, in bytes of its token file; for the estimate of what will be needed
 
 
@@ -239,21 +238,23 @@ def describe(url: str) -> Remote:
         url = location  # the repository was renamed
     if 400 <= answer.status_code < 500 and answer.status_code not in (408, 429):
         what = "set HF_TOKEN to a token that may read it" if answer.status_code in (401, 403) else "it has no such file"
-        raise SystemExit(f"{url} answered {answer.status_code}: {what}. Is HF_ENDPOINT, if set, right?")
+        raise SystemExit(f"{url.split('?')[0]} answered {answer.status_code}: {what}. Is HF_ENDPOINT right, if set?")
     answer.raise_for_status()
-    try:
-        return Remote(location, int(answer.headers["X-Linked-Size"]), answer.headers["X-Linked-ETag"].strip('"'))
-    except (KeyError, ValueError):
-        raise SystemExit(f"no size and sha256 (X-Linked-Size, X-Linked-ETag) came with {url}: no dataset hub") from None
+    size, sha256 = answer.headers.get("X-Linked-Size", ""), answer.headers.get("X-Linked-ETag", "").strip('"')
+    if not (size.isdecimal() and re.fullmatch("[0-9a-f]{64}", sha256)):
+        raise SystemExit(f"no size and sha256 (X-Linked-…) came with {url.split('?')[0]}: no dataset hub")
+    return Remote(location, int(size), sha256)
 
 
 def explain(error: BaseException) -> str:
     """What is at the bottom of a failed request, without its URL, which may be signed."""
     if (answer := getattr(error, "response", None)) is not None:
         return f"HTTP {answer.status_code} {answer.reason}"
+    if type(error) is requests.RequestException:
+        return str(error)  # one of fetch
     while error.__context__:
         error = error.__context__
-    return f"{type(error).__name__}: {error}"[:150]
+    return re.sub(r"\w+://[^\s'\"]+", "…", f"{type(error).__name__}: {error}")[:150]
 
 
 def require_network(url: str) -> None:
@@ -280,97 +281,86 @@ def require_network(url: str) -> None:
         raise SystemExit(f"the shards did not arrive: {seen}. {advice}") from None
 
 
-def retried(part: Path, stop: threading.Event, attempt: Callable[[], T]) -> T:
+def retried(part: Path, attempt: Callable[[], Result]) -> Result:
     """Return what `attempt` returns, after waiting and trying again as long as it raises RequestException.
 
-    Raises SystemExit after RETRY_SECONDS in which `part` did not grow, or once `stop` is set.
+    Raises SystemExit if `part` did not grow in all the tries of RETRY_SECONDS.
     """
-    waits, furthest = iter(RETRY_SECONDS), file_size(part)
-    while not stop.is_set():
+    furthest, waits = file_size(part), iter(RETRY_SECONDS)
+    while True:
         try:
             return attempt()
         except requests.RequestException as error:
             problem, headers = explain(error), getattr(error.response, "headers", {})
         if file_size(part) > furthest:
-            waits, furthest = iter(RETRY_SECONDS), file_size(part)
+            furthest, waits = file_size(part), iter(RETRY_SECONDS)
         if (wait := next(waits, None)) is None:
-            raise SystemExit(problem)
+            raise SystemExit(f"{part.stem}: {problem}")
         if (asked := headers.get("Retry-After", "")).isdecimal():
             wait = max(wait, min(int(asked), RETRY_AFTER))
         say(f"{part.stem}: {problem}; next try in {wait} s")
-        stop.wait(wait)
-    raise SystemExit("stopped")
+        time.sleep(wait)
 
 
-def fetch(part: Path, remote: Remote, meter: tqdm, stop: threading.Event) -> None:
+def fetch(part: Path, remote: Remote, meter: tqdm) -> None:
     """Append to `part` what it lacks. Raises RequestException if it does not have the hub's size and sha256 then."""
     done = file_size(part)
     if done < remote.size:
         ranges = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
         with ask("GET", remote.location, headers=ranges, stream=True) as answer:
             if answer.status_code == 416:
+                meter.update(-done)
                 part.unlink(missing_ok=True)  # what the hub has is shorter than it says: from the start, next time
             answer.raise_for_status()
             if done and answer.status_code != 206:  # it comes from the start
                 meter.update(-done)
                 done = 0
             with part.open("ab" if done else "wb", buffering=0) as file:  # unbuffered: kill -9 loses nothing
-                for block in answer.iter_content(2**16):
+                for block in answer.iter_content(2**13):
                     done += file.write(block)
                     meter.update(len(block))
-                    if done > remote.size or stop.is_set():
+                    if done > remote.size:
                         break
     if done < remote.size:
         raise requests.RequestException(f"{done} of {remote.size} bytes came")
     if done > remote.size or sha256_file(part) != remote.sha256:
+        meter.update(-done)
         part.unlink()
         raise requests.RequestException(f"{done} bytes of another sha256 than the hub's came, and were thrown away")
 
 
 def download(corpus: Corpus, names: list[str], meter: tqdm) -> None:
-    """Download shards, DOWNLOADS at once, and enter them in the manifest.
+    """Download shards and enter them in the manifest. Raises SystemExit with what is missing, and what to do.
 
-    Raises SystemExit before the first byte if the hub refuses one or the disk is too small, else at the end with the
-    names of those that did not arrive.
+    If the hub refuses one, or the disk is too small, that is before the first byte.
     """
     require_network(shard_url(names[0]))
-    parts, stop = {name: corpus.directory / f"{name}.part" for name in names}, threading.Event()
-    for name, part in parts.items():
-        if (path := corpus.directory / name).exists() and not part.exists():
-            os.replace(path, part)  # it is not as the manifest says: it may be whole all the same, or its beginning
-
-    def look(name: str) -> Remote:
-        return retried(parts[name], stop, lambda: describe(shard_url(name)))
-
-    def bring(name: str) -> None:
-        def attempt() -> None:  # a location soon expires: another try asks for a new one
-            fetch(parts[name], remotes.pop(name, None) or describe(shard_url(name)), meter, stop)
-
-        retried(parts[name], stop, attempt)
-
     begin(meter, f"asking for {len(names)} shards")
-    pool, failures = ThreadPoolExecutor(DOWNLOADS, "download"), []
+    parts = [corpus.directory / f"{name}.part" for name in names]
+    for part in parts:
+        if (path := part.with_suffix("")).exists() and not part.exists():
+            os.replace(path, part)  # it is not as the manifest says: it may be whole all the same, or its beginning
     try:
-        remotes = dict(zip(names, pool.map(look, names), strict=True))
-        begun = sum(map(file_size, parts.values()))
-        size, free = sum(remote.size for remote in remotes.values()), shutil.disk_usage(corpus.directory).free
-        if (needed := size * (1 + TOKENS_PER_BYTE) - begun) > free:
+        remotes = {part: retried(part, functools.partial(describe, shard_url(part.stem))) for part in parts}
+        size, begun = sum(remote.size for remote in remotes.values()), sum(map(file_size, parts))
+        needed, free = size * (1 + TOKENS_PER_BYTE) - begun, shutil.disk_usage(corpus.directory).free
+        if needed > free:
             seen = f"shards and their tokens need about {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
             raise SystemExit(f"{corpus.directory}: {seen}. Free some, set AUTORESEARCH_CACHE, or take fewer --shards")
-        begin(meter, "download", size, begun)
-        arrivals = {name: pool.submit(bring, name) for name in names}
-        for number, (name, arrival) in enumerate(arrivals.items()):
+
+        def bring(part: Path) -> None:  # a location soon expires, so another try asks for a new one
+            url = shard_url(part.stem)
+            retried(part, lambda: fetch(part, remotes.pop(part, None) or describe(url), meter))
+
+        begin(meter, "", size, begun)
+        for number, part in enumerate(parts):
             meter.set_description_str(f"download, {number} of {len(names)} shards", refresh=False)
-            try:
-                ensure(corpus, name, lambda part, arrival=arrival: arrival.result())
-            except SystemExit as problem:
-                failures.append(f"{name}: {problem}")
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-    if failures:
-        failures.append(f"{len(failures)} of {len(names)} shards did not arrive. `{corpus.command}` goes on from there")
-        raise SystemExit("\n".join(failures))
+            ensure(corpus, part.stem, bring)
+    except SystemExit as problem:
+        missing = [name for name in names if not (corpus.directory / name).exists()]
+        listed = ", ".join(missing[:12]) + f" and {len(missing) - 12} more" * (len(missing) > 12)
+        again = f"What did is kept, and `{corpus.command}` goes on from there"
+        raise SystemExit(f"{problem}\n{listed} did not arrive. {again}") from None
 
 
 # Documents ------------------------------------------------------------------------------------------------------------
@@ -531,10 +521,10 @@ class Tokenizer:
 
 def train_tokenizer(part: Path, documents: Iterable[str], vocab_size: int) -> None:
     """Train byte-pair merges on the first 10,000 characters of each document."""
-    if not (texts := [text[:10_000] for text in documents]):
+    bpe, texts = rustbpe.Tokenizer(), (text[:10_000] for text in documents)
+    if (first := next(texts, None)) is None:
         raise SystemExit(f"there is no text that could be read. {TOO_SMALL}")
-    bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+    bpe.train_from_iterator(itertools.chain([first], texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
     merges = sorted(bpe.get_mergeable_ranks(), key=lambda merge: merge[1])
     tokens = [base64.b64encode(bytes(token)).decode() for token, _ in merges]
     part.write_text(json.dumps({"pattern": SPLIT_PATTERN, "special": SPECIAL_TOKENS, "tokens": tokens}, indent=0))
@@ -562,13 +552,13 @@ def read_manifest(directory: Path) -> dict:
 
 def write_manifest(directory: Path, manifest: dict) -> None:
     """Write a manifest, with a digest of itself."""
-    write(directory / MANIFEST, json.dumps(manifest | {"digest": digest(manifest)}, sort_keys=True) + "\n")
+    write(directory / MANIFEST, json.dumps(manifest | {"digest": digest(manifest)}, sort_keys=True))
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, line: str) -> None:
     """Write a file under another name, flush it to disk and rename it: it is whole or not there."""
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
+    part.write_text(f"{line}\n")
     flush(part)
     os.replace(part, path)
 
@@ -684,7 +674,7 @@ def build(corpus: Corpus, thorough: bool, meter: tqdm) -> None:
         if manifest["files"]:
             say(f"{directory} was made by another prepare.py or from other text: making it again")
         for path in directory.iterdir():
-            if path.name != "lock" and ".parquet" not in path.name:
+            if path.is_file() and path.name != "lock" and ".parquet" not in path.name:
                 path.unlink()
         shards = {name: entry for name, entry in manifest["files"].items() if name.endswith(".parquet")}
         write_manifest(directory, {"made_from": now, "files": shards})
@@ -697,29 +687,30 @@ def build(corpus: Corpus, thorough: bool, meter: tqdm) -> None:
         if missing := [name for name in shards if name not in whole]:
             download(corpus, missing, meter)
         val, *train = [functools.partial(read_documents, directory / name, meter) for name in shards]
-        sizes, piece, first = [directory / name for name in shards[1:]], math.inf, 100_000
+        paths, piece, first = [directory / name for name in shards[1:]], math.inf, 100_000
     else:
         val, *train = [functools.partial(local_documents, sources, split, corpus, meter) for split in ("val", "train")]
-        sizes, piece, first = [source.path for source in sources], PIECE, 2**15
+        paths, piece, first = [source.path for source in sources], PIECE, 2**15
 
     if "tokenizer.json" not in whole:
         begin(meter, "tokenizer.json")
         texts = itertools.islice(train[0](), first)  # of the first shard alone
         ensure(corpus, "tokenizer.json", lambda part: train_tokenizer(part, texts, corpus.vocab_size))
-    encoding = functools.cache(lambda: Tokenizer(corpus).encoding)
+    encoding, held_out, names = Tokenizer(corpus).encoding, None, []
     if "val_rows.bin" not in whole:
         begin(meter, "val_rows.bin")
-        ensure(corpus, "val_rows.bin", lambda part: write_val_rows(part, val(), corpus, encoding()))
-    held_out = functools.cache(lambda: {text_key(text.encode()) for text in val()})
-    begin(meter, "tokens", sum(map(file_size, sizes)))
-    names: list[str] = []
+        ensure(corpus, "val_rows.bin", lambda part: write_val_rows(part, val(), corpus, encoding))
     for documents in train:
         stream, entry = enumerate(documents()), {"documents": 0, "last": False}
         while not entry["last"]:
             names.append(f"train_{len(names):05d}.tokens")
             if names[-1] not in whole:
-                make = functools.partial(write_tokens, stream=stream, begin=entry["documents"], size=piece)
-                ensure(corpus, names[-1], lambda part, make=make: make(part, held_out=held_out(), encoding=encoding()))
+                if held_out is None:
+                    begin(meter, "what is held out")
+                    held_out = {text_key(text.encode()) for text in val()}
+                    begin(meter, "tokens", sum(map(file_size, paths[len(names) - 1 if piece == math.inf else 0 :])))
+                make = functools.partial(write_tokens, encoding=encoding, held_out=held_out, stream=stream, size=piece)
+                ensure(corpus, names[-1], functools.partial(make, begin=entry["documents"]))
             entry = read_manifest(directory)["files"][names[-1]]
     if not any(file_size(directory / name) for name in names):
         raise SystemExit(f"no text to train on that is not in the validation text as well. {TOO_SMALL}")
@@ -746,11 +737,11 @@ def write_val_rows(part: Path, documents: Iterator[str], corpus: Corpus, encodin
 
 def write_tokens(
     part: Path,
+    encoding: tiktoken.Encoding,
+    held_out: set[bytes],
     stream: Iterator[tuple[int, str]],
     begin: int,
     size: float,
-    held_out: set[bytes],
-    encoding: tiktoken.Encoding,
 ) -> dict:
     """Write tokens of the documents from number `begin` on, of about `size` bytes, without what is held out.
 
@@ -1154,7 +1145,7 @@ def training_run(description: str | None) -> Iterator[Run]:
             seen = (f"seed {run['seed']} {run.get('val_bpb', run['status'])} on {run['device']}" for run in past[-3:])
             print(f"this text of train.py was run already, {len(past)} times: {', '.join(seen)}", flush=True)
         run = Run(corpus, Tokenizer(corpus), device, arguments.seed)
-        write(running, json.dumps(record | {"status": "killed"}) + "\n")  # what remains if the run ends without a word
+        write(running, json.dumps(record | {"status": "killed"}))  # what remains if the run ends without a word
         try:
             with time_limited(running), status_line(lambda: run.status):
                 yield run
@@ -1175,7 +1166,7 @@ def training_run(description: str | None) -> Iterator[Run]:
                 record["train_edited"] = (
                     not (path := ROOT / "train.py").exists() or path.read_bytes() != source.encode()
                 )
-                write(running, json.dumps(record) + "\n")
+                write(running, json.dumps(record))
                 record_ended_run(running)
             except OSError as error:  # the figures below are still worth having
                 print(f"the record could not be written to {cache_root()}: {error}", flush=True)
@@ -1282,7 +1273,7 @@ def log(status: str, description: str) -> None:
     bpb, memory = (run["val_bpb"], run["peak_vram_mb"] / 1024) if finished and status != "crash" else (0.0, 0.0)
     row = f"{run['commit'][:7]}\t{bpb:.6f}\t{memory:.1f}\t{status}\t{description}"
     before = (ledger := ROOT / "results.tsv").read_text()
-    write(ledger, before.rstrip("\n") + f"\n{row}\n")
+    write(ledger, before.rstrip("\n") + f"\n{row}")
     commit = ["git", "-C", str(ROOT), "commit", "-q", "-m", f"log {status}: {description}", "--", "results.tsv"]
     if subprocess.run(commit).returncode:
         ledger.write_text(before)
@@ -1304,7 +1295,9 @@ def check(corpus: Corpus) -> None:
     number = corpus.num_shards or len(tokens) + (True not in tokens.values())  # the last is written at the end
     names = ["tokenizer.json", "val_rows.bin", *(f"train_{i:05d}.tokens" for i in range(number))]
     names = dict.fromkeys([*shard_names(corpus), *names, *manifest["files"]])
-    if problems := damaged(corpus, names):
+    with status_line(lambda: "reading what is prepared"):
+        problems = damaged(corpus, names)
+    if problems:
         raise SystemExit("\n".join(problems.values()))
 
 

@@ -6,6 +6,7 @@ with Hub({"shard_00000.parquet": data}) as hub:
     hub.requests                       # every request that came
 """
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -17,8 +18,6 @@ import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
-
-import prepare
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Fault:
 class Hub:
     """Redirects from 127.0.0.1 (the hub) to localhost (its CDN); `files` are its files: {name: bytes}."""
 
-    def __init__(self, files: dict[str, bytes], repo: str = prepare.CLIMBMIX_REPO):
+    def __init__(self, files: dict[str, bytes], repo: str = "karpathy/climbmix-400b-shuffle"):
         self.files, self.repo, self.renamed = files, repo, None  # renamed: the repository's new name
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
@@ -124,10 +123,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def handle(self):
-        try:
+        with contextlib.suppress(ConnectionError):  # the client has gone
             super().handle()
-        except ConnectionError:  # the client has gone
-            pass
 
     def do_HEAD(self):
         self.do_GET()
