@@ -153,7 +153,7 @@ def say(line: str) -> None:
 def make_meter() -> tqdm:
     """A progress bar in bytes that prints nothing by itself: str() shows it, also where there is no terminal."""
     bar = "{desc}: {percentage:.0f} % |{bar:20}| {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"
-    return tqdm(file=io.StringIO(), total=1, unit="B", unit_scale=True, bar_format=bar)
+    return tqdm(disable=False, file=io.StringIO(), total=1, unit="B", unit_scale=True, bar_format=bar)
 
 
 def begin(meter: tqdm, name: str, total: float = 0, done: float = 0) -> None:
@@ -192,6 +192,7 @@ RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # between tries that bring nothing new: a 
 RETRY_AFTER = 300  # seconds at most that the hub may ask to be left alone
 STALL_SECONDS = 30  # without a byte, then a connection is given up
 OFFLINE_SECONDS = 6  # without any answer, then there is no network
+FAILED = (requests.RequestException, ValueError)  # what a request raises; ValueError for what is no URL
 TOKENS_PER_BYTE = 1.25  # of a shard on disk, in bytes of its token file; for the estimate of what will be needed
 
 
@@ -230,19 +231,19 @@ def ask(method: str, url: str, **options: object) -> requests.Response:
 
 def describe(url: str) -> Remote:
     """Ask the hub for size and sha256. Raises RequestException, and SystemExit where to ask again is no use."""
+    location = url
     for _ in range(4):
-        answer = ask("HEAD", url, allow_redirects=False)
-        location = urljoin(url, answer.headers.get("Location", ""))
-        if "X-Linked-ETag" in answer.headers or not answer.is_redirect:
+        answer = ask("HEAD", location, allow_redirects=False)
+        location = urljoin(location, answer.headers.get("Location", ""))
+        if "X-Linked-ETag" in answer.headers or not answer.is_redirect:  # else the repository was renamed
             break
-        url = location  # the repository was renamed
     if 400 <= answer.status_code < 500 and answer.status_code not in (408, 429):
         what = "set HF_TOKEN to a token that may read it" if answer.status_code in (401, 403) else "it has no such file"
-        raise SystemExit(f"{url.split('?')[0]} answered {answer.status_code}: {what}. Is HF_ENDPOINT right, if set?")
+        raise SystemExit(f"{url} answered {answer.status_code}: {what}. Is HF_ENDPOINT right, if set?")
     answer.raise_for_status()
     size, sha256 = answer.headers.get("X-Linked-Size", ""), answer.headers.get("X-Linked-ETag", "").strip('"')
     if not (size.isdecimal() and re.fullmatch("[0-9a-f]{64}", sha256)):
-        raise SystemExit(f"no size and sha256 (X-Linked-…) came with {url.split('?')[0]}: no dataset hub")
+        raise SystemExit(f"no size and sha256 (X-Linked-Size, X-Linked-ETag) came with {url}: no dataset hub")
     return Remote(location, int(size), sha256)
 
 
@@ -264,8 +265,10 @@ def require_network(url: str) -> None:
     def knock() -> None:
         while not answer.done():
             try:
-                answer.set_result(ask("HEAD", url, allow_redirects=False))
-            except requests.RequestException as error:
+                reply = ask("HEAD", url, allow_redirects=False)
+                if not answer.done():
+                    answer.set_result(reply)
+            except FAILED as error:
                 problems.append(explain(error))
                 time.sleep(1)
             except SystemExit as error:
@@ -276,7 +279,7 @@ def require_network(url: str) -> None:
         answer.result(OFFLINE_SECONDS)
     except TimeoutError:
         answer.cancel()
-        seen = f"{urlsplit(url).netloc or url} can't be reached ({problems[-1]})"
+        seen = f"{url.split('/datasets/')[0]} can't be reached ({problems[-1]})"
         advice = "No network? `--corpus python` needs none. A mirror? HF_ENDPOINT=https://…"
         raise SystemExit(f"the shards did not arrive: {seen}. {advice}") from None
 
@@ -290,8 +293,8 @@ def retried(part: Path, attempt: Callable[[], Result]) -> Result:
     while True:
         try:
             return attempt()
-        except requests.RequestException as error:
-            problem, headers = explain(error), getattr(error.response, "headers", {})
+        except FAILED as error:
+            problem, headers = explain(error), getattr(getattr(error, "response", None), "headers", {})
         if file_size(part) > furthest:
             furthest, waits = file_size(part), iter(RETRY_SECONDS)
         if (wait := next(waits, None)) is None:
@@ -341,7 +344,9 @@ def download(corpus: Corpus, names: list[str], meter: tqdm) -> None:
         if (path := part.with_suffix("")).exists() and not part.exists():
             os.replace(path, part)  # it is not as the manifest says: it may be whole all the same, or its beginning
     try:
-        remotes = {part: retried(part, functools.partial(describe, shard_url(part.stem))) for part in parts}
+        with ThreadPoolExecutor(8) as pool:
+            look = pool.map(lambda part: retried(part, lambda: describe(shard_url(part.stem))), parts)
+            remotes = dict(zip(parts, look, strict=True))
         size, begun = sum(remote.size for remote in remotes.values()), sum(map(file_size, parts))
         needed, free = size * (1 + TOKENS_PER_BYTE) - begun, shutil.disk_usage(corpus.directory).free
         if needed > free:
