@@ -783,31 +783,24 @@ def batch_texts(documents: Iterator[str], size: int) -> Iterator[list[str]]:
 
 def encode_documents(documents: Iterator[str], encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
     """Yield the ids of many documents at a time, BOS before each, uint16 (tokens,), on all cores."""
-    no_specials = {"allowed_special": set(), "disallowed_special": ()}
+    bos = encoding.encode_single_token(BOS)
 
-    def encode(text: str) -> np.ndarray:
-        try:
-            return encoding.encode_to_numpy(text, **no_specials)
-        except ValueError:  # a run of a million spaces is more than the split pattern can take
-            pieces = (text[at : at + 2**16] for at in range(0, len(text), 2**16))
-            return np.concatenate([encoding.encode_to_numpy(piece, **no_specials) for piece in pieces])
-
-    def encode_batch(texts: list[str]) -> np.ndarray:
+    def encode(texts: list[str]) -> np.ndarray:
         try:
             if any(BOS in text for text in texts):
                 raise ValueError("a text that spells BOS is text")
             ids = encoding.encode_to_numpy(BOS + BOS.join(texts), allowed_special={BOS}, disallowed_special=())
-        except ValueError:
-            bos = [encoding.encode_single_token(BOS)]
-            ids = np.concatenate([ids for text in texts for ids in (bos, encode(text))])
-        return ids.astype(np.uint16)
+        except ValueError:  # or it has a run of a million spaces, which is more than the split pattern can take
+            cut = ((text[at : at + 2**16], not at) for text in texts for at in range(0, len(text), 2**16))
+            ids = [i for text, first in cut for i in (*[bos] * first, *encoding.encode_ordinary(text))]
+        return np.asarray(ids, dtype=np.uint16)
 
     with ThreadPoolExecutor(threads := os.cpu_count() or 1) as pool:
         batches = batch_texts(documents, 2**18)
-        running = deque(pool.submit(encode_batch, batch) for batch in itertools.islice(batches, 2 * threads))
+        running = deque(pool.submit(encode, batch) for batch in itertools.islice(batches, 2 * threads))
         while running:
             yield running.popleft().result()
-            running.extend(pool.submit(encode_batch, batch) for batch in itertools.islice(batches, 1))
+            running.extend(pool.submit(encode, batch) for batch in itertools.islice(batches, 1))
 
 
 def harness_fingerprint(corpus: Corpus) -> str:

@@ -194,6 +194,47 @@ def test_the_cached_tokens_are_the_text(corpus, tokenizer, folder):
     assert decoded == texts
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [MULTILINGUAL, "b\n\n", " a", "<|reserved_1|>", "<|reserved_0", "|>"],
+        [f"it says {prepare.BOS} here", MULTILINGUAL, prepare.BOS, "<|reserved_0|><|reserved_0|>"],
+        ["a", " " * 2_000_000 + "b", "c" * 300_000],
+    ],
+    ids=["ordinary", "specials spelled out", "more spaces than tiktoken can take"],
+)
+def test_documents_encoded_together_are_those_encoded_alone(tokenizer, texts):
+    bos = tokenizer.get_bos_token_id()
+    together = np.concatenate(list(prepare.encode_documents(iter(texts * 3), tokenizer.encoding)))
+    starts = np.flatnonzero(together == bos)
+    assert [tokenizer.decode(ids[1:].tolist()) for ids in np.split(together, starts[1:])] == texts * 3
+    if max(map(len, texts)) < 2**16:
+        assert together.tolist() == [i for text in texts * 3 for i in (bos, *tokenizer.encode(text))]
+
+
+def test_a_long_text_is_cut_alike_whatever_blocks_it_comes_in_and_nothing_is_lost(tmp_path):
+    lines = [f"line {i} " + "word " * (i % 40) for i in range(150_000)]
+    (tmp_path / "long.txt").write_text("\n".join(line + "\n" * (i % 9 == 0) for i, line in enumerate(lines)))
+    assert (tmp_path / "long.txt").stat().st_size > 3 * 2**22
+    documents = list(prepare.read_documents(tmp_path / "long.txt", prepare.make_meter(), 1000))
+    assert max(map(len, documents)) <= 1000
+    assert [line for document in documents for line in document.split("\n") if line] == lines
+
+
+def test_a_folder_of_several_token_files_gives_every_document_once(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(prepare, "PIECE", 2**18)
+    corpus, _ = prepare.choose_corpus(str(folder))
+    prepare.prepare(corpus)
+    files = [name for name in prepare.read_manifest(corpus.directory)["files"] if name.endswith(".tokens")]
+    assert len(files) > 10
+    sources, tokenizer, meter = prepare.find_sources(corpus), prepare.Tokenizer(corpus), prepare.make_meter()
+    held_out = set(prepare.local_documents(sources, "val", corpus, meter))
+    expected = [text for text in prepare.local_documents(sources, "train", corpus, meter) if text not in held_out]
+    documents = itertools.takewhile(lambda item: item[1] == 1, prepare.train_documents(corpus, seed=7))
+    assert sorted(tokenizer.decode(ids[1:].tolist()) for ids, _ in documents) == sorted(expected)
+
+
 def test_text_that_was_added_to_the_folder_is_noticed(tmp_path, capsys):
     make_folder(tmp_path, files=60, lines=100)
     corpus, _ = prepare.choose_corpus(str(tmp_path))
