@@ -448,7 +448,7 @@ def read_documents(path: Path, meter: tqdm, limit: int = 0) -> Iterator[str]:
             if "text" not in (names := file.schema_arrow.names):
                 raise SystemExit(f"{path}: no column text; its columns are {', '.join(names)}")
             for batch in file.iter_batches(1024, columns=["text"]):
-                meter.update(path.stat().st_size * batch.num_rows / file.metadata.num_rows)
+                meter.update(path.stat().st_size * batch.num_rows // file.metadata.num_rows)
                 yield from (str(text) for text in batch.column(0).to_pylist() if text)
     except (pa.ArrowException, OSError) as error:
         raise SystemExit(f"{path}: not a readable parquet file ({error})") from None

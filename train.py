@@ -520,7 +520,8 @@ def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int
     rows, length = DEVICE_BATCH_SIZE, run.corpus.seq_len
     while True:
         optimizer = build_optimizer(model, compiled and run.device.type == "cuda")
-        forward = torch.compile(model, dynamic=False) if compiled else model
+        options = {"cpp.vec_isa_ok": True}  # else it tries out what the CPU's flags say, for 6 s of every run
+        forward = torch.compile(model, dynamic=False, options=options) if compiled else model
         batch = next(make_dataloader(run.tokenizer, rows, length, "train", run.seed))[:2]
         batches = [batch] * min(2, TOTAL_BATCH_SIZE // (rows * length))  # the second comes on top of gradients
         run.status = f"warm-up{' and compile' * compiled}, micro-batches of {rows} rows"
