@@ -303,6 +303,15 @@ def test_rows_depend_on_the_seed_but_not_on_the_batch_size(tokenizer):
     assert {row[0] for row in one} == {tokenizer.get_bos_token_id()}
 
 
+@pytest.mark.gpu
+def test_batches_on_a_gpu_are_those_on_a_cpu(tokenizer, monkeypatch):
+    here = take_rows(prepare.make_dataloader(tokenizer, 8, 256, "train"), 200)
+    monkeypatch.setattr(prepare, "get_device", lambda: torch.device("cuda"))
+    batch, _, _ = next(prepare.make_dataloader(tokenizer, 8, 256, "train"))
+    assert batch.is_cuda
+    assert take_rows(prepare.make_dataloader(tokenizer, 8, 256, "train"), 200) == here
+
+
 def test_the_epoch_counts_passes_over_the_text(tmp_path):
     make_folder(tmp_path, files=60, lines=100)
     corpus, _ = prepare.choose_corpus(str(tmp_path))
