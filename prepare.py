@@ -31,12 +31,11 @@ import threading
 import time
 import traceback
 from bisect import bisect_left, insort
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import numpy as np
@@ -171,10 +170,8 @@ def status_line(status: Callable[[], str]) -> Iterator[None]:
     def show() -> None:
         while not done.wait(0.2 if LIVE_END else 12.0):
             line = f"{status()} ({time.perf_counter() - begin:.0f} s)"
-            if LIVE_END:
-                print(f"{LIVE_END}{line[: shutil.get_terminal_size().columns - 1]}", end="\r", flush=True)
-            else:
-                print(line, flush=True)
+            width = shutil.get_terminal_size().columns - 1 if LIVE_END else None
+            print(f"{LIVE_END}{line[:width]}", end="\r" if LIVE_END else "\n", flush=True)
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
@@ -260,28 +257,24 @@ def explain(error: BaseException) -> str:
 
 def require_network(url: str) -> None:
     """Raise SystemExit if no answer of any kind comes within OFFLINE_SECONDS."""
-    answer, problems = Future(), ["no answer"]
+    answered, problems = threading.Event(), ["no answer"]
 
     def knock() -> None:
-        while not answer.done():
+        while not answered.is_set():
             try:
-                reply = ask("HEAD", url, allow_redirects=False)
-                if not answer.done():
-                    answer.set_result(reply)
+                with contextlib.suppress(SystemExit):  # the next request raises it again
+                    ask("HEAD", url, allow_redirects=False)
+                answered.set()
             except FAILED as error:
                 problems.append(explain(error))
                 time.sleep(1)
-            except SystemExit as error:
-                answer.set_exception(error)
 
     threading.Thread(target=knock, daemon=True).start()  # looking up a name may hang for longer than any time-out
-    try:
-        answer.result(OFFLINE_SECONDS)
-    except TimeoutError:
-        answer.cancel()
+    if not answered.wait(OFFLINE_SECONDS):
+        answered.set()
         seen = f"{url.split('/datasets/')[0]} can't be reached ({problems[-1]})"
         advice = "No network? `--corpus python` needs none. A mirror? HF_ENDPOINT=https://…"
-        raise SystemExit(f"the shards did not arrive: {seen}. {advice}") from None
+        raise SystemExit(f"the shards did not arrive: {seen}. {advice}")
 
 
 def retried(part: Path, attempt: Callable[[], Result]) -> Result:
@@ -305,20 +298,18 @@ def retried(part: Path, attempt: Callable[[], Result]) -> Result:
         time.sleep(wait)
 
 
-def fetch(part: Path, remote: Remote, meter: tqdm) -> None:
+def fetch(part: Path, url: str, meter: tqdm) -> None:
     """Append to `part` what it lacks. Raises RequestException if it does not have the hub's size and sha256 then."""
-    done = file_size(part)
+    remote, done = describe(url), file_size(part)  # at every try, for a location soon expires
     if done < remote.size:
         ranges = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
         with ask("GET", remote.location, headers=ranges, stream=True) as answer:
-            if answer.status_code == 416:
+            if done and answer.status_code in (200, 416):  # it comes from the start, or is shorter than the hub says
                 meter.update(-done)
-                part.unlink(missing_ok=True)  # what the hub has is shorter than it says: from the start, next time
-            answer.raise_for_status()
-            if done and answer.status_code != 206:  # it comes from the start
-                meter.update(-done)
+                part.unlink()
                 done = 0
-            with part.open("ab" if done else "wb", buffering=0) as file:  # unbuffered: kill -9 loses nothing
+            answer.raise_for_status()
+            with part.open("ab", buffering=0) as file:  # unbuffered: kill -9 loses nothing
                 for block in answer.iter_content(2**13):
                     done += file.write(block)
                     meter.update(len(block))
@@ -345,22 +336,16 @@ def download(corpus: Corpus, names: list[str], meter: tqdm) -> None:
             os.replace(path, part)  # it is not as the manifest says: it may be whole all the same, or its beginning
     try:
         with ThreadPoolExecutor(8) as pool:
-            look = pool.map(lambda part: retried(part, lambda: describe(shard_url(part.stem))), parts)
-            remotes = dict(zip(parts, look, strict=True))
-        size, begun = sum(remote.size for remote in remotes.values()), sum(map(file_size, parts))
+            size = sum(pool.map(lambda part: retried(part, lambda: describe(shard_url(part.stem)).size), parts))
+        begun = sum(map(file_size, parts))
         needed, free = size * (1 + TOKENS_PER_BYTE) - begun, shutil.disk_usage(corpus.directory).free
         if needed > free:
             seen = f"shards and their tokens need about {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
             raise SystemExit(f"{corpus.directory}: {seen}. Free some, set AUTORESEARCH_CACHE, or take fewer --shards")
-
-        def bring(part: Path) -> None:  # a location soon expires, so another try asks for a new one
-            url = shard_url(part.stem)
-            retried(part, lambda: fetch(part, remotes.pop(part, None) or describe(url), meter))
-
         begin(meter, "", size, begun)
         for number, part in enumerate(parts):
             meter.set_description_str(f"download, {number} of {len(names)} shards", refresh=False)
-            ensure(corpus, part.stem, bring)
+            ensure(corpus, part.stem, lambda part: retried(part, lambda: fetch(part, shard_url(part.stem), meter)))
     except SystemExit as problem:
         missing = [name for name in names if not (corpus.directory / name).exists()]
         listed = ", ".join(missing[:12]) + f" and {len(missing) - 12} more" * (len(missing) > 12)
@@ -402,21 +387,18 @@ def find_sources(corpus: Corpus) -> list[Source]:
 
 
 def split_text(blocks: Iterable[str], limit: int) -> Iterator[str]:
-    """Cut a text into documents of at most `limit` characters, at blank lines where there are some, else at lines."""
+    """Cut a text into documents of at most `limit` characters, at blank lines where there are some, else at lines.
+
+    Raises ValueError for what is binary.
+    """
     cuts, rest = (r"(?=\r?\n\r?\n|\Z)", r"(?=\r?\n|\Z)", ""), ""
     pattern = re.compile("|".join(f".{{1,{limit}}}{cut}" for cut in cuts), re.DOTALL)
     for block in itertools.chain(blocks, [""]):  # the empty one ends the text
+        if "\0" in block:
+            raise ValueError("binary")
         parts = pattern.findall(rest + block)
         rest = parts.pop() if block else ""  # it may go on in the next block
         yield from (document for part in parts if (document := part.strip("\r\n")))
-
-
-def read_text(file: TextIO) -> Iterator[str]:
-    """Yield a text file in blocks. Raises ValueError if it is not text in UTF-8."""
-    while block := file.read(2**22):
-        if "\0" in block:
-            raise ValueError("binary")
-        yield block
 
 
 def read_jsonl(file: BinaryIO) -> Iterator[str]:
@@ -436,8 +418,8 @@ def read_documents(path: Path, meter: tqdm, limit: int = 0) -> Iterator[str]:
     if path.suffix.lower() != ".parquet":
         with path.open("rb") as file:
             at, text_file = 0, io.TextIOWrapper(file, "utf-8", newline="")
-            jsonl = path.suffix.lower() == ".jsonl"
-            for text in read_jsonl(file) if jsonl else split_text(read_text(text_file), limit):
+            blocks = iter(lambda: text_file.read(2**22), "")
+            for text in read_jsonl(file) if path.suffix.lower() == ".jsonl" else split_text(blocks, limit):
                 meter.update(file.tell() - at)
                 at = file.tell()
                 if text:
@@ -587,13 +569,15 @@ def is_whole(path: Path, entry: dict | None, thorough: bool = True) -> bool:
 
 def damaged(corpus: Corpus, names: Iterable[str], thorough: bool = True) -> dict[str, str]:
     """Say what is wrong with files, by name, and what mends it. If `thorough` they are read, on all cores."""
-    files, names = read_manifest(corpus.directory)["files"], list(names)
-    paths, entries = [corpus.directory / name for name in names], [files.get(name) for name in names]
+    files = read_manifest(corpus.directory)["files"]
+
+    def problem(name: str) -> str | None:
+        path = corpus.directory / name
+        seen = "damaged" if path.exists() else "missing"
+        return None if is_whole(path, files.get(name), thorough) else f"{path} is {seen}. `{corpus.command}` mends it"
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = zip(paths, pool.map(is_whole, paths, entries, itertools.repeat(thorough)), strict=True)
-        bad = [path for path, whole in found if not whole]
-    seen = {path: "damaged" if path.exists() else "missing" for path in bad}
-    return {path.name: f"{path} is {seen[path]}. `{corpus.command}` mends it" for path in bad}
+        return {name: found for name, found in zip(names, pool.map(problem, names), strict=True) if found}
 
 
 def verified(corpus: Corpus, name: str) -> bytes:
@@ -706,7 +690,7 @@ def build(corpus: Corpus, thorough: bool, meter: tqdm) -> None:
         begin(meter, "val_rows.bin")
         ensure(corpus, "val_rows.bin", lambda part: write_val_rows(part, val(), corpus, encoding))
     for documents in train:
-        stream, entry = enumerate(documents()), {"documents": 0, "last": False}
+        stream, entry = enumerate(documents(), 1), {"documents": 0, "last": False}
         while not entry["last"]:
             names.append(f"train_{len(names):05d}.tokens")
             if names[-1] not in whole:
@@ -714,8 +698,9 @@ def build(corpus: Corpus, thorough: bool, meter: tqdm) -> None:
                     begin(meter, "what is held out")
                     held_out = {text_key(text.encode()) for text in val()}
                     begin(meter, "tokens", sum(map(file_size, paths[len(names) - 1 if piece == math.inf else 0 :])))
-                make = functools.partial(write_tokens, encoding=encoding, held_out=held_out, stream=stream, size=piece)
-                ensure(corpus, names[-1], functools.partial(make, begin=entry["documents"]))
+                rest = itertools.dropwhile(lambda item, done=entry["documents"]: item[0] <= done, stream)
+                make = functools.partial(write_tokens, stream=rest, held_out=held_out, encoding=encoding, size=piece)
+                ensure(corpus, names[-1], make)
             entry = read_manifest(directory)["files"][names[-1]]
     if not any(file_size(directory / name) for name in names):
         raise SystemExit(f"no text to train on that is not in the validation text as well. {TOO_SMALL}")
@@ -732,7 +717,7 @@ def write_val_rows(part: Path, documents: Iterator[str], corpus: Corpus, encodin
     encoded = (
         (ids, 1)
         for tokens in encode_documents(documents, encoding)
-        for ids in np.split(tokens, find_documents(tokens, bos)[1:-1])
+        for ids in np.split(tokens, np.flatnonzero(tokens == bos)[1:])
     )
     rows = itertools.islice(pack_rows(encoded, corpus.seq_len + 1), corpus.eval_tokens // corpus.seq_len)
     if not (rows := [row for row, _ in rows]):
@@ -740,45 +725,25 @@ def write_val_rows(part: Path, documents: Iterator[str], corpus: Corpus, encodin
     part.write_bytes(np.stack(rows).tobytes())
 
 
-def write_tokens(
-    part: Path,
-    encoding: tiktoken.Encoding,
-    held_out: set[bytes],
-    stream: Iterator[tuple[int, str]],
-    begin: int,
-    size: float,
-) -> dict:
-    """Write tokens of the documents from number `begin` on, of about `size` bytes, without what is held out.
+def write_tokens(part: Path, stream: Iterator, held_out: set[bytes], encoding: tiktoken.Encoding, size: float) -> dict:
+    """Write tokens of the next (number, document) of a stream, of about `size` bytes, without what is held out.
 
-    Returns {"documents": the number of the next document, "last": whether there is none}.
+    Returns {"documents": the number of the last one, "last": whether there is none after it}.
     """
-    number = begin - 1
+    number = 0
 
     def kept() -> Iterator[str]:
         nonlocal number, size
-        for number, text in stream:
-            if number < begin:
-                continue  # in a file that was written before
-            if text_key(data := text.encode()) not in held_out:  # no document stands in both splits
+        for count, text in stream:
+            number, data = count, text.encode()
+            if text_key(data) not in held_out:  # no document stands in both splits
                 yield text
             if (size := size - len(data)) <= 0:
                 return
 
     with part.open("wb") as file:
         file.writelines(encode_documents(kept(), encoding))
-    return {"documents": number + 1, "last": size > 0}
-
-
-def batch_texts(documents: Iterator[str], size: int) -> Iterator[list[str]]:
-    """Yield lists of documents that have `size` characters or a few more together."""
-    batch, characters = [], 0
-    for text in documents:
-        batch.append(text)
-        if (characters := characters + len(text)) >= size:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+    return {"documents": number, "last": size > 0}
 
 
 def encode_documents(documents: Iterator[str], encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
@@ -796,10 +761,10 @@ def encode_documents(documents: Iterator[str], encoding: tiktoken.Encoding) -> I
         return np.asarray(ids, dtype=np.uint16)
 
     with ThreadPoolExecutor(threads := os.cpu_count() or 1) as pool:
-        batches = batch_texts(documents, 2**18)
-        running = deque(pool.submit(encode, batch) for batch in itertools.islice(batches, 2 * threads))
+        batches = iter(lambda: list(itertools.islice(documents, 32)), [])
+        running = [pool.submit(encode, batch) for batch in itertools.islice(batches, 2 * threads)]
         while running:
-            yield running.popleft().result()
+            yield running.pop(0).result()
             running.extend(pool.submit(encode, batch) for batch in itertools.islice(batches, 1))
 
 
@@ -811,12 +776,6 @@ def harness_fingerprint(corpus: Corpus) -> str:
 
 
 # Dataloader -----------------------------------------------------------------------------------------------------------
-
-
-def find_documents(tokens: np.ndarray, bos: int) -> np.ndarray:
-    """Where the documents in uint16 (tokens,) begin, and where the last one ends: int64 (documents + 1,)."""
-    blocks = range(0, len(tokens), 2**22)  # one by one: little memory
-    return np.concatenate([*(at + np.flatnonzero(tokens[at : at + 2**22] == bos) for at in blocks), [len(tokens)]])
 
 
 def pack_rows(documents: Iterable[tuple[np.ndarray, int]], length: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -852,7 +811,7 @@ def train_documents(corpus: Corpus, seed: int) -> Iterator[tuple[np.ndarray, int
         rng = np.random.default_rng([seed, epoch])
         for name in rng.permutation([name for name in names if files[name]["size"]]):
             tokens = np.asarray(np.memmap(corpus.directory / name, dtype=np.uint16, mode="r"))
-            starts = find_documents(tokens, bos)
+            starts = np.append(np.flatnonzero(tokens == bos), len(tokens))
             for i in rng.permutation(len(starts) - 1):
                 yield tokens[starts[i] : starts[i + 1]], epoch
 
