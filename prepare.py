@@ -96,7 +96,7 @@ class Corpus:
 def cache_root() -> Path:
     """The cache folder: $AUTORESEARCH_CACHE, else $XDG_CACHE_HOME/autoresearch, else ~/.cache/autoresearch."""
     chosen, home = os.environ.get("AUTORESEARCH_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(chosen or f"{home}/autoresearch").expanduser().resolve()
+    return Path(os.path.realpath(os.path.expanduser(chosen or f"{home}/autoresearch")))
 
 
 def get_device() -> torch.device:
@@ -118,7 +118,7 @@ def choose_corpus(choice: str | None = None, num_shards: int | None = None) -> t
         return Corpus(choice, cache_root() / choice, **LARGE, num_shards=number), why
     if choice == "python":
         return Corpus(choice, cache_root() / choice, **SMALL), why
-    folder = Path(choice).expanduser().resolve()
+    folder = Path(os.path.realpath(os.path.expanduser(choice)))
     if not folder.is_dir():
         raise SystemExit(f"corpus {choice}: not climbmix, not python, and not a folder: {folder}")
     name = f"folder-{re.sub(r'[^a-zA-Z0-9_-]', '_', folder.name)}-{digest(str(folder), scale)[:8]}"
@@ -136,7 +136,6 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-print_once = functools.cache(functools.partial(print, flush=True))  # for what is read more than once
 SOURCE_SHA256 = sha256_file(Path(__file__))
 SMALL_HERE = os.environ.get("AUTORESEARCH_CORPUS") == "python" or not torch.cuda.is_available()
 MAX_SEQ_LEN = (SMALL if SMALL_HERE else LARGE)["seq_len"]  # tokens; for scripts that import it
@@ -145,8 +144,8 @@ MAX_SEQ_LEN = (SMALL if SMALL_HERE else LARGE)["seq_len"]  # tokens; for scripts
 
 
 def say(line: str) -> None:
-    """Print a line, in place of a live one."""
-    print(f"{LIVE_END}{line}", flush=True)
+    """Print a line, in place of a live one; the name of a file may hold what no terminal can show."""
+    print(LIVE_END + line.encode("utf-8", "replace").decode(), flush=True)
 
 
 def make_meter() -> tqdm:
@@ -160,6 +159,9 @@ def begin(meter: tqdm, name: str, total: float = 0, done: float = 0) -> None:
     meter.reset(total)
     meter.set_description_str(name, refresh=False)
     meter.n = meter.initial = done
+
+
+say_once = functools.cache(say)  # for what is read more than once
 
 
 @contextlib.contextmanager
@@ -189,8 +191,8 @@ RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # between tries that bring nothing new: a 
 RETRY_AFTER = 300  # seconds at most that the hub may ask to be left alone
 STALL_SECONDS = 30  # without a byte, then a connection is given up
 OFFLINE_SECONDS = 6  # without any answer, then there is no network
-FAILED = (requests.RequestException, ValueError)  # what a request raises; ValueError for what is no URL
-TOKENS_PER_BYTE = 1.25  # of a shard on disk, in bytes of its token file; for the estimate of what will be needed
+FAILED = (requests.RequestException, ValueError)  # what a failed request raises: ValueError for what is no URL
+TOKENS_SIZE = 1.25  # of a token file for each byte of its shard, an estimate: 2 bytes for each 4 of text, packed to 0.4
 
 
 class Remote(NamedTuple):
@@ -227,7 +229,7 @@ def ask(method: str, url: str, **options: object) -> requests.Response:
 
 
 def describe(url: str) -> Remote:
-    """Ask the hub for size and sha256. Raises RequestException, and SystemExit where to ask again is no use."""
+    """Ask the hub for size and sha256. Raises one of FAILED, and SystemExit where to ask again is no use."""
     location = url
     for _ in range(4):
         answer = ask("HEAD", location, allow_redirects=False)
@@ -239,7 +241,7 @@ def describe(url: str) -> Remote:
         raise SystemExit(f"{url} answered {answer.status_code}: {what}. Is HF_ENDPOINT right, if set?")
     answer.raise_for_status()
     size, sha256 = answer.headers.get("X-Linked-Size", ""), answer.headers.get("X-Linked-ETag", "").strip('"')
-    if not (size.isdecimal() and re.fullmatch("[0-9a-f]{64}", sha256)):
+    if not (re.fullmatch(r"[1-9]\d{0,15}", size) and re.fullmatch("[0-9a-f]{64}", sha256)):
         raise SystemExit(f"no size and sha256 (X-Linked-Size, X-Linked-ETag) came with {url}: no dataset hub")
     return Remote(location, int(size), sha256)
 
@@ -278,21 +280,21 @@ def require_network(url: str) -> None:
 
 
 def retried(part: Path, attempt: Callable[[], Result]) -> Result:
-    """Return what `attempt` returns, after waiting and trying again as long as it raises RequestException.
+    """Return what `attempt` returns, after waiting and trying again as long as it raises one of FAILED.
 
-    Raises SystemExit if `part` did not grow in all the tries of RETRY_SECONDS.
+    Raises SystemExit if in all the tries of RETRY_SECONDS `part` has not grown beyond what it was at its largest.
     """
     furthest, waits = file_size(part), iter(RETRY_SECONDS)
     while True:
         try:
             return attempt()
         except FAILED as error:
-            problem, headers = explain(error), getattr(getattr(error, "response", None), "headers", {})
+            problem, answer = explain(error), getattr(error, "response", None)
         if file_size(part) > furthest:
             furthest, waits = file_size(part), iter(RETRY_SECONDS)
         if (wait := next(waits, None)) is None:
             raise SystemExit(f"{part.stem}: {problem}")
-        if (asked := headers.get("Retry-After", "")).isdecimal():
+        if answer is not None and re.fullmatch(r"\d{1,9}", asked := answer.headers.get("Retry-After", "")):
             wait = max(wait, min(int(asked), RETRY_AFTER))
         say(f"{part.stem}: {problem}; next try in {wait} s")
         time.sleep(wait)
@@ -335,10 +337,11 @@ def download(corpus: Corpus, names: list[str], meter: tqdm) -> None:
         if (path := part.with_suffix("")).exists() and not part.exists():
             os.replace(path, part)  # it is not as the manifest says: it may be whole all the same, or its beginning
     try:
-        with ThreadPoolExecutor(8) as pool:
-            size = sum(pool.map(lambda part: retried(part, lambda: describe(shard_url(part.stem)).size), parts))
+        size = 0
+        for part in parts:
+            size += retried(part, functools.partial(describe, shard_url(part.stem))).size
         begun = sum(map(file_size, parts))
-        needed, free = size * (1 + TOKENS_PER_BYTE) - begun, shutil.disk_usage(corpus.directory).free
+        needed, free = size * (1 + TOKENS_SIZE) - begun, shutil.disk_usage(corpus.directory).free
         if needed > free:
             seen = f"shards and their tokens need about {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
             raise SystemExit(f"{corpus.directory}: {seen}. Free some, set AUTORESEARCH_CACHE, or take fewer --shards")
@@ -375,8 +378,12 @@ def find_sources(corpus: Corpus) -> list[Source]:
             name, kept = str(file), file.suffix == ".py" and file.hash and file.parts[0] != ".."
             if kept and name not in PYTHON_LEFT_OUT:
                 sources.append(Source(Path(file.locate()), name, file.size, file.hash.value))
-    for folder, folders, names in os.walk(corpus.folder) if corpus.folder else ():
-        folders[:] = [name for name in folders if not name.startswith(".")]
+
+    def passed_over(error: OSError) -> None:
+        say_once(f"skipped {error.filename}: {error.strerror}")
+
+    for folder, folders, names in os.walk(corpus.folder, onerror=passed_over) if corpus.folder else ():
+        folders[:] = [name for name in folders if not name.startswith(".") and Path(folder, name) != cache_root()]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             if path.suffix.lower() in suffixes and path.is_file():
                 name, stat = path.relative_to(corpus.folder).as_posix(), path.stat()
@@ -406,7 +413,7 @@ def read_jsonl(file: BinaryIO) -> Iterator[str]:
     for number, line in enumerate(file, 1):
         try:
             yield json.loads(line)["text"].encode("utf-8", "replace").decode() if line.strip() else ""
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise SystemExit(f'{file.name}:{number}: expected a JSON object with a text under "text"') from None
 
 
@@ -429,10 +436,12 @@ def read_documents(path: Path, meter: tqdm, limit: int = 0) -> Iterator[str]:
         with pq.ParquetFile(path) as file:
             if "text" not in (names := file.schema_arrow.names):
                 raise SystemExit(f"{path}: no column text; its columns are {', '.join(names)}")
+            if not (pa.types.is_string(kind := file.schema_arrow.field("text").type) or pa.types.is_large_string(kind)):
+                raise SystemExit(f"{path}: its column text is of the type {kind}, not string")
             for batch in file.iter_batches(1024, columns=["text"]):
                 meter.update(path.stat().st_size * batch.num_rows // file.metadata.num_rows)
-                yield from (str(text) for text in batch.column(0).to_pylist() if text)
-    except (pa.ArrowException, OSError) as error:
+                yield from filter(None, batch.column(0).to_pylist())
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise SystemExit(f"{path}: not a readable parquet file ({error})") from None
 
 
@@ -450,12 +459,14 @@ def local_documents(sources: list[Source], split: str, corpus: Corpus, meter: tq
                 for index, text in enumerate(read_documents(source.path, meter, 4 * corpus.seq_len)):
                     if whole or (index % holdout == holdout - 1) == (split == "val"):
                         yield text
-            except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+            except ValueError as error:  # UnicodeDecodeError is one
                 skipped.append(f"{source.path} ({error})")
+            except OSError as error:  # not skipped: what is held out must not depend on it
+                raise SystemExit(f"{source.path}: {error.strerror}. Make it readable, or take it away") from None
         else:
             meter.update(source.size)
     if skipped:
-        print_once(f"skipped {len(skipped)} files that are not UTF-8 text, the first is {skipped[0]}")
+        say_once(f"skipped {len(skipped)} files that are not UTF-8 text, the first is {skipped[0]}")
 
 
 # Tokenizer ------------------------------------------------------------------------------------------------------------
@@ -520,7 +531,7 @@ def train_tokenizer(part: Path, documents: Iterable[str], vocab_size: int) -> No
 # Token cache ----------------------------------------------------------------------------------------------------------
 
 MANIFEST = "manifest.json"
-PIECE = 2**27  # bytes of text in a token file of a local corpus: what is lost at most when tokenizing is interrupted
+PIECE = 2**27  # bytes of text in a token file of a local corpus: the most that a kill costs, and the loader maps
 
 
 def read_manifest(directory: Path) -> dict:
@@ -587,7 +598,7 @@ def verified(corpus: Corpus, name: str) -> bytes:
     return (corpus.directory / name).read_bytes()
 
 
-def ensure(corpus: Corpus, name: str, make: Callable[[Path], dict | None]) -> None:
+def ensure(corpus: Corpus, name: str, make: Callable[[Path], dict | None]) -> dict:
     """Have `make` write a .part file, enter it and what it returns in the manifest, and only then give it its name.
 
     Killed in between, the next call finds a .part that is what the manifest says, and has only to rename it.
@@ -605,6 +616,7 @@ def ensure(corpus: Corpus, name: str, make: Callable[[Path], dict | None]) -> No
         write_manifest(corpus.directory, manifest)
     os.replace(part, corpus.directory / name)
     say(f"{name}: {manifest['files'][name]['size'] / 1e6:.2f} MB")
+    return manifest["files"][name]
 
 
 @contextlib.contextmanager
@@ -633,20 +645,24 @@ def locked(path: Path, advice: str, wait: bool) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)  # a process that was forked would hold it on
 
 
+@contextlib.contextmanager
+def explained(corpus: Corpus) -> Iterator[None]:
+    """Turn what the disk or the user can do to the block into SystemExit with what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = "Free some space, or set AUTORESEARCH_CACHE to a folder that can be written. Finished files are kept"
+        raise SystemExit(f"can't write to or read from {corpus.directory}: {error}. {advice}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped. What is finished is kept, and `{corpus.command}` goes on from there") from None
+
+
 def prepare(corpus: Corpus, thorough: bool = False) -> None:
     """Make what is missing of a corpus, if `thorough` also what is damaged. Safe to kill and to run twice at once."""
     meter = make_meter()
-    try:
-        with (
-            locked(corpus.directory / "lock", "waiting for it", wait=True),
-            status_line(lambda: str(meter) if meter.total else meter.desc),
-        ):
-            build(corpus, thorough, meter)
-    except OSError as error:
-        advice = "Free some space, or set AUTORESEARCH_CACHE to a folder that can be written. Finished files are kept"
-        raise SystemExit(f"can't write to {corpus.directory}: {error}. {advice}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(f"stopped. What is finished is kept, and `{corpus.command}` goes on from there") from None
+    show = status_line(lambda: str(meter) if meter.total else meter.desc)
+    with explained(corpus), locked(corpus.directory / "lock", "waiting for it", wait=True), show:
+        build(corpus, thorough, meter)
 
 
 def made_from(corpus: Corpus, sources: list[Source]) -> dict[str, str]:
@@ -663,7 +679,7 @@ def build(corpus: Corpus, thorough: bool, meter: tqdm) -> None:
         if manifest["files"]:
             say(f"{directory} was made by another prepare.py or from other text: making it again")
         for path in directory.iterdir():
-            if path.is_file() and path.name != "lock" and ".parquet" not in path.name:
+            if re.fullmatch(r"(tokenizer\.json|val_rows\.bin|train_\d+\.tokens)(\.part)?", path.name):
                 path.unlink()
         shards = {name: entry for name, entry in manifest["files"].items() if name.endswith(".parquet")}
         write_manifest(directory, {"made_from": now, "files": shards})
@@ -697,13 +713,23 @@ def build(corpus: Corpus, thorough: bool, meter: tqdm) -> None:
                 if held_out is None:
                     begin(meter, "what is held out")
                     held_out = {text_key(text.encode()) for text in val()}
-                    begin(meter, "tokens", sum(map(file_size, paths[len(names) - 1 if piece == math.inf else 0 :])))
+                    unread = paths[len(names) - 1 :] if corpus.num_shards else paths
+                    begin(meter, "tokens", sum(map(file_size, unread)))
                 rest = itertools.dropwhile(lambda item, done=entry["documents"]: item[0] <= done, stream)
                 make = functools.partial(write_tokens, stream=rest, held_out=held_out, encoding=encoding, size=piece)
-                ensure(corpus, names[-1], make)
-            entry = read_manifest(directory)["files"][names[-1]]
-    if not any(file_size(directory / name) for name in names):
+                entry = ensure(corpus, names[-1], make)
+            else:
+                entry = files[names[-1]]
+    token_files(corpus)
+
+
+def token_files(corpus: Corpus) -> list[str]:
+    """The files that a corpus trains on. Raises SystemExit if there is nothing in them."""
+    files = read_manifest(corpus.directory)["files"]
+    names = sorted(name for name in files if name.endswith(".tokens"))[: corpus.num_shards]
+    if not (names := [name for name in names if files[name]["size"]]):
         raise SystemExit(f"no text to train on that is not in the validation text as well. {TOO_SMALL}")
+    return names
 
 
 def text_key(text: bytes) -> bytes:
@@ -752,10 +778,10 @@ def encode_documents(documents: Iterator[str], encoding: tiktoken.Encoding) -> I
 
     def encode(texts: list[str]) -> np.ndarray:
         try:
-            if any(BOS in text for text in texts):
-                raise ValueError("a text that spells BOS is text")
+            if any(BOS in text or len(text) > 2**20 for text in texts):
+                raise ValueError("what spells BOS is text, and a word of a million letters takes very long")
             ids = encoding.encode_to_numpy(BOS + BOS.join(texts), allowed_special={BOS}, disallowed_special=())
-        except ValueError:  # or it has a run of a million spaces, which is more than the split pattern can take
+        except ValueError:  # or it has more spaces in a row than the split pattern can take
             cut = ((text[at : at + 2**16], not at) for text in texts for at in range(0, len(text), 2**16))
             ids = [i for text, first in cut for i in (*[bos] * first, *encoding.encode_ordinary(text))]
         return np.asarray(ids, dtype=np.uint16)
@@ -805,11 +831,10 @@ def pack_rows(documents: Iterable[tuple[np.ndarray, int]], length: int) -> Itera
 
 def train_documents(corpus: Corpus, seed: int) -> Iterator[tuple[np.ndarray, int]]:
     """Yield (ids, epoch) for ever, slices of the memory-mapped tokens: shards shuffled, documents shuffled in each."""
-    files, bos = read_manifest(corpus.directory)["files"], Tokenizer(corpus).get_bos_token_id()
-    names = sorted(name for name in files if name.endswith(".tokens"))[: corpus.num_shards]
+    names, bos = token_files(corpus), Tokenizer(corpus).get_bos_token_id()
     for epoch in itertools.count(1):
         rng = np.random.default_rng([seed, epoch])
-        for name in rng.permutation([name for name in names if files[name]["size"]]):
+        for name in rng.permutation(names):
             tokens = np.asarray(np.memmap(corpus.directory / name, dtype=np.uint16, mode="r"))
             starts = np.append(np.flatnonzero(tokens == bos), len(tokens))
             for i in rng.permutation(len(starts) - 1):
@@ -1087,7 +1112,7 @@ def training_run(description: str | None) -> Iterator[Run]:
         corpus, why = choose_corpus(arguments.corpus, arguments.shards)
         if corpus.name == "climbmix" and not cuda:
             raise SystemExit("climbmix needs a GPU: a CPU would take hours to evaluate on it. Use --corpus python")
-        print(f"corpus: {corpus.folder or corpus.name} ({why})", flush=True)
+        say(f"corpus: {corpus.folder or corpus.name} ({why})")
         prepare(corpus)
         record_ended_run(running := cache_root() / f"running-{device_id}.json")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped, as with Ctrl-C
@@ -1256,6 +1281,7 @@ def check(corpus: Corpus) -> None:
         problems = damaged(corpus, names)
     if problems:
         raise SystemExit("\n".join(problems.values()))
+    token_files(corpus)
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
@@ -1277,9 +1303,10 @@ def main() -> None:
     if words not in ([], ["check"]):
         parser.error(f"{' '.join(words)}: expected {usage}")
     corpus, why = choose_corpus(arguments.corpus, arguments.shards)
-    print(f"corpus: {corpus.folder or corpus.name} ({why})", flush=True)
+    say(f"corpus: {corpus.folder or corpus.name} ({why})")
     if arguments.command:
-        check(corpus)
+        with explained(corpus):
+            check(corpus)
     else:
         prepare(corpus, thorough=True)
     size = sum(entry["size"] for entry in read_manifest(corpus.directory)["files"].values())

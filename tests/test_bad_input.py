@@ -22,10 +22,17 @@ def write_bad_folder(kind, path):
         (path / "b.md").write_bytes(b"\xff\xfe latin \xe4\xf6\xfc" * 100)
     elif kind == "parquet without text":
         pq.write_table(pa.table({"body": ["a"], "id": [1]}), path / "a.parquet")
+    elif kind == "parquet of bytes":
+        pq.write_table(pa.table({"text": [b"\xff\xfe"]}), path / "a.parquet")
+    elif kind == "parquet of broken UTF-8":
+        broken = pa.array([b"\xff\xfe" * 10]).view(pa.string())
+        pq.write_table(pa.table({"text": broken}), path / "a.parquet")
     elif kind == "damaged parquet":
         (path / "a.parquet").write_bytes(b"PAR1" + b"\0" * 500)
     elif kind == "jsonl without text":
         (path / "a.jsonl").write_text('{"text": "fine"}\n{"body": "not"}\n')
+    elif kind == "jsonl of brackets":
+        (path / "a.jsonl").write_text("[" * 200_000 + "]" * 200_000)
     elif kind == "jsonl that is none":
         (path / "a.jsonl").write_text("hello\n")
     elif kind == "too small":
@@ -38,8 +45,11 @@ def write_bad_folder(kind, path):
         ("empty", r"no text in it\. Read are, at any depth: .*\.jsonl"),
         ("binary", "there is no text that could be read"),
         ("parquet without text", r"a\.parquet: no column text; its columns are body, id"),
+        ("parquet of bytes", r"a\.parquet: its column text is of the type binary, not string"),
+        ("parquet of broken UTF-8", r"a\.parquet: not a readable parquet file"),
         ("damaged parquet", r"a\.parquet: not a readable parquet file"),
         ("jsonl without text", r'a\.jsonl:2: expected a JSON object with a text under "text"'),
+        ("jsonl of brackets", r"a\.jsonl:1: expected a JSON object"),
         ("jsonl that is none", r"a\.jsonl:1: expected a JSON object"),
         ("too small", "too small: a few hundred KB are the least"),
     ],
@@ -169,3 +179,63 @@ def test_check_before_anything_is_prepared_says_so(command, tmp_path, text_folde
     result = command("prepare.py", "check", "--corpus", text_folder, AUTORESEARCH_CACHE=tmp_path / "none")
     assert result.returncode == 1
     assert "val_rows.bin is missing" in result.stdout
+
+
+def test_files_of_the_user_in_the_cache_folder_stay(tmp_path, text_folder, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    corpus, _ = prepare.choose_corpus(str(text_folder))
+    corpus.directory.mkdir(parents=True)
+    (corpus.directory / "thesis.txt").write_text("mine")
+    (corpus.directory / "train_00007.tokens").write_text("of another prepare.py")
+    prepare.prepare(corpus)
+    assert (corpus.directory / "thesis.txt").read_text() == "mine"
+    assert not (corpus.directory / "train_00007.tokens").exists()
+
+
+def test_a_cache_in_the_folder_is_no_text_of_it(text_folder, monkeypatch):
+    corpus, _ = prepare.choose_corpus(str(text_folder))
+    before = prepare.find_sources(corpus)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(text_folder / "cache"))
+    (text_folder / "cache").mkdir()
+    (text_folder / "cache" / "runs.jsonl").write_text("{}\n")
+    assert prepare.find_sources(corpus) == before
+
+
+def test_a_file_that_can_not_be_read_is_not_skipped(text_folder, monkeypatch):
+    corpus, _ = prepare.choose_corpus(str(text_folder))
+    sources = prepare.find_sources(corpus)
+    sources[0].path.unlink()  # as if it were another user's, which root would not notice
+    monkeypatch.setattr(prepare, "find_sources", lambda corpus: sources)
+    with pytest.raises(SystemExit, match=rf"{sources[0].path}: No such file.* Make it readable, or take it away"):
+        prepare.prepare(corpus)
+
+
+def test_text_that_is_all_held_out_is_ready_neither_for_prepare_nor_for_check(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    text = json.dumps({"text": "the same words again " * 3000}) + "\n"
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "all.jsonl").write_text(text * 60)
+    corpus, _ = prepare.choose_corpus(str(tmp_path / "text"))
+    for use in (prepare.prepare, prepare.check):
+        with pytest.raises(SystemExit, match="no text to train on"):
+            use(corpus)
+
+
+@pytest.mark.parametrize("setting", ["--corpus", "AUTORESEARCH_CACHE"])
+@pytest.mark.parametrize("value", ["~nobody-here/x", "loop"])
+def test_a_path_that_leads_nowhere_is_said(tmp_path, text_folder, monkeypatch, setting, value):
+    (tmp_path / "loop").symlink_to("loop")
+    value = str(tmp_path / value) if value == "loop" else value
+    monkeypatch.chdir(tmp_path)
+    if setting == "--corpus":
+        with pytest.raises(SystemExit, match="not climbmix, not python, and not a folder"):
+            prepare.choose_corpus(value)
+    else:
+        monkeypatch.setenv(setting, value)
+        corpus, _ = prepare.choose_corpus(str(text_folder))
+        if value.endswith("loop"):
+            with pytest.raises(SystemExit, match="can't write to"):
+                prepare.prepare(corpus)
+        else:
+            prepare.prepare(corpus)  # a folder of this name
+            assert corpus.directory.is_relative_to(tmp_path)

@@ -199,7 +199,7 @@ def test_the_cached_tokens_are_the_text(corpus, tokenizer, folder):
     [
         [MULTILINGUAL, "b\n\n", " a", "<|reserved_1|>", "<|reserved_0", "|>"],
         [f"it says {prepare.BOS} here", MULTILINGUAL, prepare.BOS, "<|reserved_0|><|reserved_0|>"],
-        ["a", " " * 2_000_000 + "b", "c" * 300_000],
+        ["a", " " * 1_000_000 + "b", "c" * 2_000_000],
     ],
     ids=["ordinary", "specials spelled out", "more spaces than tiktoken can take"],
 )
