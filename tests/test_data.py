@@ -130,9 +130,9 @@ def test_a_corpus_of_fewer_files_than_one_in_so_many_still_has_validation_text(t
 
 @pytest.mark.parametrize("text", [MULTILINGUAL, every_plane(), unicodedata.normalize("NFD", MULTILINGUAL)])
 def test_a_text_comes_back_and_its_tokens_have_as_many_bytes_as_it(tokenizer, text):
-    ids = tokenizer.encode(text)
+    ids, tokens = tokenizer.encode(text), tokenizer.tokens()
     assert tokenizer.decode(ids) == text
-    assert b"".join(tokenizer.tokens()[i] for i in ids) == text.encode()
+    assert b"".join(tokens[i] for i in ids) == text.encode()
 
 
 def test_real_source_code_has_as_many_bytes_as_its_tokens(tokenizer, folder):
