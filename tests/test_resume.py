@@ -221,6 +221,22 @@ def slow_hub(path, texts, sizes):
         yield hub
 
 
+def both_scenes(nursery, path, hub, piece):
+    """A climbmix of the hub's two training shards, and the folder `text`, whose token files hold `piece` bytes each."""
+    return {
+        "climbmix": Scene(nursery, path / "climbmix", ("climbmix", 2), prepare.PIECE, hub),
+        "folder": Scene(nursery, path / "folder", (str(path / "text"),), piece),
+    }
+
+
+def begun(scene):
+    """The scene, prepared undisturbed once."""
+    if not scene.whole:
+        scene.path.mkdir()
+        scene.begin()
+    return scene
+
+
 @pytest.fixture(scope="module")
 def scenes(nursery, folder, tmp_path_factory):
     """Corpora of which every phase takes at least 50 ms."""
@@ -232,19 +248,12 @@ def scenes(nursery, folder, tmp_path_factory):
         shutil.copy(file, source.path)
     texts = itertools.cycle(file.read_text() for file in sorted(folder.rglob("*.py")))
     with slow_hub(path, texts, {VAL: 150, FIRST: 200, SECOND: 200}) as hub:
-        yield {
-            "climbmix": Scene(nursery, path / "climbmix", ("climbmix", 2), prepare.PIECE, hub),
-            "folder": Scene(nursery, path / "folder", (str(path / "text"),), 2**19),
-        }
+        yield both_scenes(nursery, path, hub, 2**19)
 
 
 @pytest.fixture(scope="module")
 def scene(request, scenes):
-    found = scenes[request.param]
-    if not found.whole:
-        found.path.mkdir()
-        found.begin()
-    return found
+    return begun(scenes[request.param])
 
 
 PHASES = [
@@ -320,19 +329,12 @@ def small_scenes(nursery, folder, tmp_path_factory):
     shutil.copytree(folder / "algorithms" / "tests", path / "text", ignore=shutil.ignore_patterns("__pycache__"))
     texts = itertools.cycle(file.read_text() for file in sorted((path / "text").glob("*.py")))
     with slow_hub(path, texts, {VAL: 10, FIRST: 10, SECOND: 10}) as hub:
-        yield {
-            "climbmix": Scene(nursery, path / "climbmix", ("climbmix", 2), prepare.PIECE, hub),
-            "folder": Scene(nursery, path / "folder", (str(path / "text"),), 2**18),
-        }
+        yield both_scenes(nursery, path, hub, 2**18)
 
 
 @pytest.fixture(scope="module")
 def small_scene(request, small_scenes):
-    found = small_scenes[request.param]
-    if not found.whole:
-        found.path.mkdir()
-        found.begin()
-    return found
+    return begun(small_scenes[request.param])
 
 
 def entered_parts(cache):
