@@ -7,14 +7,20 @@
 Sections: knobs, attention, model, optimizer, schedules, training loop.
 """
 
+import contextlib
+import ctypes
 import gc
+import logging
 import math
+import os
 import random
 import re
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -39,6 +45,7 @@ SOFT_CAP = 15.0  # logits are squeezed into ±SOFT_CAP
 # batch
 TOTAL_BATCH_SIZE = 2**19  # tokens a step
 DEVICE_BATCH_SIZE = 128  # rows a micro-batch; halved by itself if it does not fit memory
+HEAD_CHUNK = 2**15  # tokens whose logits are in memory at a time
 
 # optimizer: AdamW for embeddings, head and scalars, Muon for the matrices of the blocks
 EMBEDDING_LR = 0.6  # at width 768; scaled by (width / 768)^-½
@@ -61,15 +68,24 @@ if get_device().type == "cpu":
     DEPTH = 4
     TOTAL_BATCH_SIZE = 2**14
     DEVICE_BATCH_SIZE = 16
+    HEAD_CHUNK = 2**10
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention: softmax(q·k / √d) v over each position and the `window` positions before it, by the fastest way there is
 
-FLASH_KERNEL = ("kernels-community/flash-attn3", 1)  # repository and version on the kernel hub
+FLASH_KERNEL = {"repo_id": "kernels-community/flash-attn3", "revision": "v1"}  # on the kernel hub
+BACKENDS = {
+    "flash3": "flash-attention 3, for Hopper GPUs",
+    "flex": "FlexAttention",
+    "sdpa": "scaled_dot_product_attention with a mask",
+    "matmul": "two products and a softmax",
+}
 
 
 def choose_attention(device: torch.device, compiled: bool) -> tuple[str, str]:
-    """Return the backend, flash3, flex, sdpa or matmul, and why."""
+    """Return the backend, one of BACKENDS, and why. AUTORESEARCH_ATTENTION in the environment forces one."""
+    if forced := forced_attention():
+        return forced, "AUTORESEARCH_ATTENTION says so"
     if device.type == "cpu":
         return "matmul", "on a CPU it takes less time than scaled_dot_product_attention, compiled half of it"
     if not compiled:
@@ -77,17 +93,78 @@ def choose_attention(device: torch.device, compiled: bool) -> tuple[str, str]:
     if torch.cuda.get_device_capability() != (9, 0):
         return "flex", "flash-attention 3 is made for Hopper GPUs alone"
     try:
-        flash_attention()
+        try_attention("flash3", device)
     except Exception as error:  # no network, no build for this PyTorch, a broken file: the run goes on without it
-        return "flex", f"flash-attention 3 did not load: {f'{type(error).__name__}: {error}'.splitlines()[0]}"
-    return "flash3", "its kernel loaded"
+        return "flex", f"no flash-attention 3: {in_a_line(error)}"
+    return "flash3", "its kernel loaded and computes what it should"
 
 
+def forced_attention() -> str | None:
+    """The backend that AUTORESEARCH_ATTENTION asks for, if any."""
+    forced = os.environ.get("AUTORESEARCH_ATTENTION")
+    if forced and forced not in BACKENDS:
+        raise SystemExit(f"AUTORESEARCH_ATTENTION is {forced!r}: expected one of {', '.join(BACKENDS)}")
+    return forced
+
+
+@cache
 def flash_attention() -> Callable:
-    """Load flash-attention 3, from the kernel hub the first time. Raises whatever is in the way."""
-    from kernels import get_kernel
+    """Load flash-attention 3, from the disk if it was downloaded before. Raises whatever is in the way.
 
-    return get_kernel(FLASH_KERNEL[0], version=FLASH_KERNEL[1]).flash_attn_func
+    The package asks the hub about a kernel it has, too; a night's runs would then depend on the network.
+    """
+    import requests
+    from huggingface_hub import constants
+    from kernels import get_kernel, get_local_kernel, install_kernel
+
+    logging.getLogger("kernels").setLevel(logging.ERROR)
+    if "LOCAL_KERNELS" in os.environ:  # repository=folder, a build of your own
+        return get_kernel(**FLASH_KERNEL).flash_attn_func
+    try:
+        path = install_kernel(**FLASH_KERNEL, local_files_only=True)
+    except Exception:
+        within(4, partial(requests.head, constants.ENDPOINT, timeout=3))
+        print(f"downloading {FLASH_KERNEL['repo_id']}, once", flush=True)
+        constants.HF_HUB_DISABLE_PROGRESS_BARS = True
+        path = within(90, partial(install_kernel, **FLASH_KERNEL))
+    return get_local_kernel(path).flash_attn_func
+
+
+def within(seconds: float, function: Callable) -> object:
+    """Return function(), or raise TimeoutError and leave its thread behind: no timeout of a library covers a DNS."""
+    future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"no answer within {seconds} s") from None
+
+
+def try_attention(backend: str, device: torch.device) -> None:
+    """Raise RuntimeError if outputs or gradients of a small input are not those of `matmul`."""
+    length, window, results = 256, 100, {}
+    draw = torch.Generator(device).manual_seed(0)  # the run's own random state stays as it was
+    q, k, v, y_grad = (torch.randn(2, length, 2, HEAD_DIM, device=device, generator=draw).bfloat16() for _ in range(4))
+    for name in (backend, "matmul"):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = Attention(name, length, {window}, device)(*inputs, window)
+        results[name] = [y, *torch.autograd.grad(y, inputs, y_grad)]
+    for seen, expected in zip(*results.values(), strict=True):
+        error = ((seen - expected).float().norm() / expected.float().norm()).item()
+        if not error < 0.02:
+            raise RuntimeError(f"{BACKENDS[backend]} is {error:.0%} off")
+
+
+def in_a_line(error: BaseException) -> str:
+    """Type and first line of an error."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
 
 
 def visible(query: Tensor, key: Tensor, window: int) -> Tensor:
@@ -176,9 +253,7 @@ class Block(nn.Module):
     def __init__(self, config: Config, index: int):
         super().__init__()
         width, self.head_dim, self.window = config.width, config.head_dim, config.windows[index]
-        self.q = nn.Linear(width, width, bias=False)
-        self.k = nn.Linear(width, width, bias=False)
-        self.v = nn.Linear(width, width, bias=False)
+        self.qkv = nn.Parameter(torch.empty(3, width, width))  # one product; three matrices for Muon
         self.attention_out = nn.Linear(width, width, bias=False)
         self.mlp_in = nn.Linear(width, 4 * width, bias=False)
         self.mlp_out = nn.Linear(4 * width, width, bias=False)
@@ -189,7 +264,7 @@ class Block(nn.Module):
         self, x: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], attention: Attention
     ) -> Tensor:
         y = norm(x)
-        q, k, v = (layer(y).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
+        q, k, v = F.linear(y, self.qkv.flatten(0, 1)).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.gate(y[..., :32]))
             v = v + gate.unsqueeze(-1) * value_embedding.unflatten(-1, (-1, self.head_dim))
@@ -201,6 +276,40 @@ class Block(nn.Module):
 def has_value_embedding(index: int, depth: int) -> bool:
     """Every other block, the last one among them."""
     return (depth - 1 - index) % 2 == 0
+
+
+def soft_cap(logits: Tensor) -> Tensor:
+    """SOFT_CAP · tanh(logits / SOFT_CAP) in float32, by exp: on a CPU tanh takes three times as long."""
+    return SOFT_CAP - 2 * SOFT_CAP / (1 + torch.exp(logits.float() * (2 / SOFT_CAP)))
+
+
+class CappedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of the soft-capped logits x @ weight.T, HEAD_CHUNK tokens at a time.
+
+    The gradients come with the loss, so no logits are kept for a backward pass. x (N, width), weight (vocab, width),
+    targets (N,). Capped logits need no maximum taken off before exp.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total, x_grads, weight_grad = 0.0, [], 0.0
+        for part, target in zip(x.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+            logits, target = soft_cap(part @ weight.T), target[:, None]
+            exp = logits.exp()
+            exp_sum = exp.sum(-1, keepdim=True)
+            total = total + (exp_sum.log() - logits.gather(1, target)).sum()
+            hit = target == torch.arange(logits.size(1), device=logits.device)
+            grad = (exp / exp_sum - hit.float()) * (1 - (logits / SOFT_CAP).square()) / len(x)
+            grad = grad.to(x.dtype)
+            x_grads.append(grad @ weight)
+            weight_grad = weight_grad + (grad.T @ part).float()
+        ctx.save_for_backward(torch.cat(x_grads), weight_grad)
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx, factor: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_grad, weight_grad = ctx.saved_tensors
+        return x_grad * factor, weight_grad * factor, None
 
 
 class GPT(nn.Module):
@@ -247,11 +356,11 @@ class GPT(nn.Module):
                 value_embedding = self.value_embeddings[str(i)](ids) if str(i) in self.value_embeddings else None
                 x = self.residual_scales[i] * x + self.first_scales[i] * first
                 x = block(x, value_embedding, rotary, self.attention)
-            logits = self.head(norm(x)).float()
-            logits = SOFT_CAP * torch.tanh(logits / SOFT_CAP)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            x = norm(x)
+            if targets is None:
+                return soft_cap(self.head(x))
+        weight = self.head.weight.to(self.dtype)
+        return CappedCrossEntropy.apply(x.flatten(0, 1).to(self.dtype), weight, targets.flatten())
 
     def flops_per_token(self) -> int:
         """Forward and backward: 6 per weight of a matrix, 12 per channel of attention and position of the window.
@@ -338,6 +447,11 @@ def adamw_update(
     p.copy_(p.float() * (1 - lr * decay) - lr / (1 - beta1**step) * mean / denominator)
 
 
+def stacked(matrices: list[Tensor]) -> Tensor:
+    """A copy of matrices and stacks of them, all of one size, as one stack (n, rows, cols)."""
+    return torch.cat([matrix.reshape(-1, *matrix.shape[-2:]) for matrix in matrices])
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Groups of kind adamw or muon; a muon group holds matrices of one shape, updated as one stack.
 
@@ -357,8 +471,8 @@ class MuonAdamW(torch.optim.Optimizer):
                     self.state[p] = {"mean": torch.zeros_like(p, dtype=torch.float32)}
                     self.state[p]["square"] = torch.zeros_like(p, dtype=torch.float32)
             else:
-                first, n = group["params"][0], len(group["params"])
-                rows, cols = first.shape
+                first = group["params"][0]
+                n, rows, cols = stacked(group["params"]).shape
                 self.state[first] = {
                     "velocity": first.new_zeros(n, rows, cols),
                     "variance": first.new_zeros((n, rows, 1) if rows >= cols else (n, 1, cols)),
@@ -383,11 +497,12 @@ class MuonAdamW(torch.optim.Optimizer):
                     self.adamw(p, p.grad, state["mean"], state["square"], self.steps, lr, beta1, beta2, eps, decay)
             else:
                 params, state = group["params"], self.state[group["params"][0]]
-                stack, grads = torch.stack(params), torch.stack([p.grad for p in params])
-                lr = lr * max(1.0, params[0].size(0) / params[0].size(1)) ** 0.5
+                stack, grads = stacked(params), stacked([p.grad for p in params])
+                lr = lr * max(1.0, stack.size(1) / stack.size(2)) ** 0.5
                 momentum, beta2 = number(group["momentum"]), number(group["beta2"])
                 self.muon(stack, grads, state["velocity"], state["variance"], lr, momentum, decay, beta2, self.dtype)
-                torch._foreach_copy_(params, list(stack.unbind()))
+                parts = stack.split([p.numel() // stack[0].numel() for p in params])
+                torch._foreach_copy_(params, [part.view_as(p) for part, p in zip(parts, params, strict=True)])
 
 
 def build_optimizer(model: GPT, compiled: bool) -> MuonAdamW:
@@ -402,8 +517,8 @@ def build_optimizer(model: GPT, compiled: bool) -> MuonAdamW:
         adam | {"params": [model.first_scales], "lr": SCALAR_LR},
     ]
     matrices = list(model.blocks.parameters())
-    for shape in sorted({tuple(p.shape) for p in matrices}):
-        params = [p for p in matrices if p.shape == shape]
+    for shape in sorted({tuple(p.shape[-2:]) for p in matrices}):
+        params = [p for p in matrices if p.shape[-2:] == shape]
         muon = {"momentum": MUON_MOMENTUM[0], "beta2": MUON_BETA2, "weight_decay": WEIGHT_DECAY}
         groups.append({"kind": "muon", "params": params, "lr": MATRIX_LR, **muon})
     return MuonAdamW(groups, compiled, model.dtype)
@@ -435,22 +550,35 @@ def set_schedule(optimizer: MuonAdamW, progress: float, step: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Training loop
 
-# Dense bf16 TFLOP/s from the vendors' datasheets, by words in the device's name; the first that matches counts.
+# Dense bf16 TFLOP/s, products summed in float32, from NVIDIA's and AMD's datasheets and NVIDIA's architecture whitepapers
+# (GA102, Ada, Blackwell), by a pattern for the device's name.
 PEAK_TFLOPS = {
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H200 NVL": 835,
-    "H200": 989.5,
-    "H100": 989.5,
-    "A100": 312,
-    "L40S": 362,
+    r"A100\b": 312,
+    r"H100 PCIe": 756,
+    r"H[12]00 NVL": 835.5,
+    r"(H100|H200|GH200)\b": 989.5,
+    r"B200\b": 2250,
+    r"GB200\b": 2500,
+    r"L4$": 121,
+    r"L40S$": 362,
+    r"A10$": 125,
+    r"RTX 3090$": 71,
+    r"RTX 4090$": 165.2,
+    r"RTX 5090$": 209.5,
+    r"RTX 6000 Ada": 364.2,
+    r"RTX PRO 6000 Blackwell.* Max-Q": 438.9,
+    r"RTX PRO 6000 Blackwell": 503.8,
+    r"MI250X": 191.5,  # a device is one of its two dies
+    r"MI300X": 1307.4,
 }
 
 
 def peak_flops(device: torch.device) -> float:
     """The device's dense bf16 peak in FLOP/s, 0 if it is not known: no figure is better than a wrong one."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    return next((peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), 0.0)
+    if "MIG" in name:  # a slice of a GPU
+        return 0.0
+    return next((peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}", name)), 0.0)
 
 
 def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
@@ -516,30 +644,54 @@ def warm_up(model: GPT, optimizer: MuonAdamW, step: Callable[[], Tensor]) -> Non
 
 
 def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int]:
-    """Warm up with ever smaller micro-batches until one fits memory; return the model to call, optimizer and rows."""
-    rows, length = DEVICE_BATCH_SIZE, run.corpus.seq_len
+    """Warm up until it works: with smaller micro-batches, another attention, uncompiled. A line says what is changed.
+
+    Return the model to call, its optimizer and the rows of a micro-batch.
+    """
+    rows, length, attention = DEVICE_BATCH_SIZE, run.corpus.seq_len, model.attention
     while True:
         optimizer = build_optimizer(model, compiled and run.device.type == "cuda")
         options = {"cpp.vec_isa_ok": True}  # else it tries out what the CPU's flags say, for 6 s of every run
         forward = torch.compile(model, dynamic=False, options=options) if compiled else model
         batch = next(make_dataloader(run.tokenizer, rows, length, "train", run.seed))[:2]
         batches = [batch] * min(2, TOTAL_BATCH_SIZE // (rows * length))  # the second comes on top of gradients
-        run.status = f"warm-up{' and compile' * compiled}, micro-batches of {rows} rows"
+        run.status = (
+            f"warm-up{' and compile' * compiled}, micro-batches of {rows} rows, attention by {attention.backend}"
+        )
         try:
             warm_up(model, optimizer, partial(train_step, forward, optimizer, batches))
             return forward, optimizer, rows
-        except torch.OutOfMemoryError:
-            if rows == 1:
+        except Exception as error:
+            if out_of_memory(error) and rows > 1:
+                rows = next(r for r in range(rows // 2, 0, -1) if TOTAL_BATCH_SIZE % (r * length) == 0)
+                change = f"out of memory: micro-batches of {rows} rows instead"
+            elif compiled and not forced_attention():
+                backend = {"flash3": "flex", "flex": "sdpa"}.get(attention.backend, attention.backend)
+                compiled = backend != attention.backend
+                change = f"{in_a_line(error)}: {f'attention by {backend}' if compiled else 'not compiled'} instead"
+                model.attention = attention = Attention(backend, length, set(model.config.windows), run.device)
+            else:
                 raise
-            rows = next(r for r in range(rows // 2, 0, -1) if TOTAL_BATCH_SIZE % (r * length) == 0)
-            torch.compiler.reset()  # else every size counts towards the limit of recompilations
-            torch.cuda.empty_cache()
-            print(f"out of memory: micro-batches of {rows} rows instead", flush=True)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            if run.device.type == "cuda":
-                raise
-            print(f"not compiled after all: {str(error).strip().splitlines()[0]}", flush=True)
-            compiled = False
+        del forward, optimizer, batch, batches
+        torch.compiler.reset()  # else every attempt counts towards the limit of recompilations
+        gc.collect()
+        torch.cuda.empty_cache()
+        print(change, flush=True)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory is what was missing, also for a library or the compiler, which wraps the error."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
+
+
+def keep_memory() -> None:
+    """Keep glibc from giving large tensors back to the kernel, to get them anew, page by page, in the next step."""
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            mallopt(option, value)
 
 
 def main() -> None:
@@ -553,6 +705,7 @@ def train(run: Run) -> None:
     device, length = run.device, run.corpus.seq_len
     check_knobs(length)
     torch.set_float32_matmul_precision("high")
+    keep_memory()
     dtype, compiled, why = choose_precision(device)
     backend, attention_why = choose_attention(device, compiled)
     config = Config(run.tokenizer.get_vocab_size(), length, DEPTH, HEAD_DIM, ASPECT_RATIO, WINDOW_PATTERN)

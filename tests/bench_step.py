@@ -1,0 +1,149 @@
+"""What a step of train.py costs, and where the time goes: uv run tests/bench_step.py [--against REVISION]
+
+Trains with train.py itself, loop included, for a number of steps instead of five minutes, in processes of their own and
+in turns with the train.py of a git revision (or of a file). Prints the median step time of each turn, the ratio, how far
+the loss curves are apart, and a profile: the operations or kernels that take longest, and how long the GPU was idle.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+PROFILED = 4  # steps
+
+
+def device_idle(events: list) -> float:
+    """Part of the time between the first and the last kernel in which none ran."""
+    spans = sorted((event.time_range.start, event.time_range.end) for event in events)
+    busy, until = 0.0, spans[0][0]
+    for begin, end in spans:
+        busy += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return 1 - busy / (until - spans[0][0])
+
+
+def train_some(path: str, steps: int, corpus: str | None, profiled: bool) -> dict:
+    """Run train.train of the file for so many steps; return the seconds of each step, the losses, the peak in MiB."""
+    import resource
+
+    import torch
+
+    import prepare
+
+    if profiled:
+        torch._inductor.config.cpp.enable_kernel_profile = True
+    spec = importlib.util.spec_from_file_location("train", path)
+    train = sys.modules["train"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    cuda = torch.cuda.is_available()
+    activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * cuda]
+    profile, times, losses, result = torch.profiler.profile(activities=activities), [], [], {}
+
+    class Steps(prepare.Run):
+        """A run of a number of steps that is not judged."""
+
+        def start(self, model):
+            self.began = time.perf_counter()
+
+        def progress(self):
+            times.append(time.perf_counter())
+            if profiled and len(times) == steps - PROFILED:
+                profile.start()
+            return (len(times) - 1) / steps
+
+        def stop(self, model):
+            if profiled:
+                profile.stop()
+            self.seconds = time.perf_counter() - self.began
+
+        def finish(self, model, batch_size, steps, tokens, depth, mfu):
+            result.update(rows=batch_size, tokens=tokens // steps, flops=sum(p.numel() for p in model.parameters()))
+
+    step = train.train_step
+    train.train_step = lambda *arguments: losses.append(step(*arguments)) or losses[-1]
+    corpus, _ = prepare.choose_corpus(corpus)
+    prepare.prepare(corpus)
+    torch.manual_seed(prepare.SEED)
+    run = Steps(corpus, prepare.Tokenizer(corpus), prepare.get_device(), prepare.SEED)
+    train.train(run)
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20
+        if cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    )
+    if profiled:
+        sort = "self_device_time_total" if cuda else "self_cpu_time_total"
+        print(profile.key_averages().table(sort_by=sort, row_limit=20, max_name_column_width=60), file=sys.stderr)
+        kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        if kernels:
+            print(f"the GPU was idle for {device_idle(kernels):.2%} of {PROFILED} steps", file=sys.stderr)
+    seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+    return result | {"seconds": seconds, "losses": [loss.item() for loss in losses[-steps:]], "peak": peak}
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", help="a git revision, or a file, to compare with")
+    parser.add_argument("--steps", type=int, default=40, help="of each run (default 40)")
+    parser.add_argument("--turns", type=int, default=2, help="runs of each version (default 2)")
+    parser.add_argument("--corpus", help="as for train.py")
+    parser.add_argument("--profile", action="store_true", help="profile the last steps of one more run")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        result = train_some(arguments.child, arguments.steps, arguments.corpus, arguments.profile)
+        print(json.dumps(result))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        versions = {"train.py": ROOT / "train.py"}
+        if arguments.against and Path(arguments.against).exists():
+            versions[arguments.against] = Path(arguments.against)
+        elif arguments.against:
+            source = subprocess.check_output(["git", "-C", ROOT, "show", f"{arguments.against}:./train.py"])
+            versions[arguments.against] = Path(folder, "train.py")
+            versions[arguments.against].write_bytes(source)
+
+        def run(path: Path, *options: str) -> dict:
+            command = [sys.executable, __file__, "--child", str(path), "--steps", str(arguments.steps), *options]
+            command += ["--corpus", arguments.corpus] * bool(arguments.corpus)
+            return json.loads(subprocess.check_output(command).splitlines()[-1])
+
+        medians, losses = {name: [] for name in versions}, {}
+        for turn in range(arguments.turns):
+            for name, path in versions.items():
+                result = run(path)
+                median = statistics.median(result["seconds"][2:])
+                medians[name].append(median)
+                losses.setdefault(name, result["losses"])
+                speed = result["tokens"] / median
+                print(
+                    f"turn {turn + 1}, {name}: {1e3 * median:.1f} ms a step, {speed:.0f} tokens a second, "
+                    f"{result['rows']} rows a micro-batch, peak {result['peak']:.0f} MiB, "
+                    f"last loss {result['losses'][-1]:.4f}",
+                    flush=True,
+                )
+        if len(versions) == 2:
+            ours, theirs = medians.values()
+            ratios = ", ".join(f"{a / b:.3f}" for a, b in zip(ours, theirs, strict=True))
+            apart = [a - b for a, b in zip(*losses.values(), strict=True)]
+            half = apart[len(apart) // 2 :]
+            print(f"time of a step, ratio: {statistics.median(ours) / statistics.median(theirs):.3f} ({ratios})")
+            print(
+                f"loss: {statistics.mean(half):+.4f} in the second half on average, at most {max(map(abs, apart)):.4f}"
+            )
+        if arguments.profile:
+            run(ROOT / "train.py", "--profile")
+
+
+if __name__ == "__main__":
+    main()
