@@ -1,12 +1,14 @@
-"""What a step of train.py costs, and where the time goes: uv run tests/bench_step.py [--against REVISION]
+"""What a step of train.py costs, and where the time goes: uv run tests/bench_step.py [--against REVISION] [--profile]
 
 Trains with train.py itself, loop included, for a number of steps instead of five minutes, in processes of their own and
-in turns with the train.py of a git revision (or of a file). Prints the median step time of each turn, the ratio, how far
-the loss curves are apart, and a profile: the operations or kernels that take longest, and how long the GPU was idle.
+in turns with the train.py of a git revision (or of a file), each turn with another seed. Prints the median step time of
+each turn, the ratio, and the mean loss of the last quarter of the steps; with --profile also the operations or kernels
+that take longest, and how long the GPU was idle.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
 import statistics
 import subprocess
@@ -31,7 +33,7 @@ def device_idle(events: list) -> float:
     return 1 - busy / (until - spans[0][0])
 
 
-def train_some(path: str, steps: int, corpus: str | None, profiled: bool) -> dict:
+def train_some(path: str, steps: int, seed: int, corpus: str | None, profiled: bool) -> dict:
     """Run train.train of the file for so many steps; return the seconds of each step, the losses, the peak in MiB."""
     import resource
 
@@ -66,27 +68,24 @@ def train_some(path: str, steps: int, corpus: str | None, profiled: bool) -> dic
             self.seconds = time.perf_counter() - self.began
 
         def finish(self, model, batch_size, steps, tokens, depth, mfu):
-            result.update(rows=batch_size, tokens=tokens // steps, flops=sum(p.numel() for p in model.parameters()))
+            result.update(rows=batch_size, tokens=tokens // steps, mfu=mfu)
 
     step = train.train_step
     train.train_step = lambda *arguments: losses.append(step(*arguments)) or losses[-1]
     corpus, _ = prepare.choose_corpus(corpus)
     prepare.prepare(corpus)
-    torch.manual_seed(prepare.SEED)
-    run = Steps(corpus, prepare.Tokenizer(corpus), prepare.get_device(), prepare.SEED)
+    torch.manual_seed(seed)
+    run = Steps(corpus, prepare.Tokenizer(corpus), prepare.get_device(), seed)
     train.train(run)
-    peak = (
-        torch.cuda.max_memory_allocated() / 2**20
-        if cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    )
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident
     if profiled:
         sort = "self_device_time_total" if cuda else "self_cpu_time_total"
         print(profile.key_averages().table(sort_by=sort, row_limit=20, max_name_column_width=60), file=sys.stderr)
         kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         if kernels:
             print(f"the GPU was idle for {device_idle(kernels):.2%} of {PROFILED} steps", file=sys.stderr)
-    seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+    seconds = [b - a for a, b in itertools.pairwise(times)]
     return result | {"seconds": seconds, "losses": [loss.item() for loss in losses[-steps:]], "peak": peak}
 
 
@@ -98,10 +97,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2, help="runs of each version (default 2)")
     parser.add_argument("--corpus", help="as for train.py")
     parser.add_argument("--profile", action="store_true", help="profile the last steps of one more run")
+    parser.add_argument("--seed", type=int, default=42, help="of the first turn (default 42)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        result = train_some(arguments.child, arguments.steps, arguments.corpus, arguments.profile)
+        result = train_some(arguments.child, arguments.steps, arguments.seed, arguments.corpus, arguments.profile)
         print(json.dumps(result))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -113,36 +113,31 @@ def main() -> None:
             versions[arguments.against] = Path(folder, "train.py")
             versions[arguments.against].write_bytes(source)
 
-        def run(path: Path, *options: str) -> dict:
-            command = [sys.executable, __file__, "--child", str(path), "--steps", str(arguments.steps), *options]
-            command += ["--corpus", arguments.corpus] * bool(arguments.corpus)
+        def run(path: Path, seed: int, *options: str) -> dict:
+            command = [sys.executable, __file__, "--child", path, "--steps", str(arguments.steps), "--seed", str(seed)]
+            command += [*options, *["--corpus", arguments.corpus] * bool(arguments.corpus)]
             return json.loads(subprocess.check_output(command).splitlines()[-1])
 
-        medians, losses = {name: [] for name in versions}, {}
+        medians, losses = {name: [] for name in versions}, {name: [] for name in versions}
         for turn in range(arguments.turns):
             for name, path in versions.items():
-                result = run(path)
+                result = run(path, arguments.seed + turn)
                 median = statistics.median(result["seconds"][2:])
                 medians[name].append(median)
-                losses.setdefault(name, result["losses"])
-                speed = result["tokens"] / median
+                losses[name].append(statistics.mean(result["losses"][-(arguments.steps + 3) // 4 :]))
                 print(
-                    f"turn {turn + 1}, {name}: {1e3 * median:.1f} ms a step, {speed:.0f} tokens a second, "
-                    f"{result['rows']} rows a micro-batch, peak {result['peak']:.0f} MiB, "
-                    f"last loss {result['losses'][-1]:.4f}",
+                    f"seed {arguments.seed + turn}, {name}: {1e3 * median:.1f} ms a step, "
+                    f"{result['tokens'] / median:.0f} tokens a second, {result['rows']} rows a micro-batch, "
+                    f"peak {result['peak']:.0f} MiB, loss {losses[name][-1]:.4f}",
                     flush=True,
                 )
         if len(versions) == 2:
-            ours, theirs = medians.values()
+            (ours, theirs), (loss, other) = medians.values(), losses.values()
             ratios = ", ".join(f"{a / b:.3f}" for a, b in zip(ours, theirs, strict=True))
-            apart = [a - b for a, b in zip(*losses.values(), strict=True)]
-            half = apart[len(apart) // 2 :]
-            print(f"time of a step, ratio: {statistics.median(ours) / statistics.median(theirs):.3f} ({ratios})")
-            print(
-                f"loss: {statistics.mean(half):+.4f} in the second half on average, at most {max(map(abs, apart)):.4f}"
-            )
+            print(f"time of a step, ratio: {statistics.mean(ours) / statistics.mean(theirs):.3f} ({ratios})")
+            print(f"loss, difference: {statistics.mean(loss) - statistics.mean(other):+.4f}")
         if arguments.profile:
-            run(ROOT / "train.py", "--profile")
+            run(ROOT / "train.py", arguments.seed, "--profile")
 
 
 if __name__ == "__main__":
