@@ -1,10 +1,8 @@
 """Train a GPT for five minutes and print its val_bpb. The agent's file: everything in it may change.
 
-    uv run train.py                        # the corpus that this machine prefers, seed 42
-    uv run train.py --corpus FOLDER        # your own text
-    uv run train.py --help
-
-Sections: knobs, attention, model, optimizer, schedules, training loop.
+uv run train.py                        # the corpus that this machine prefers, seed 42
+uv run train.py --corpus FOLDER        # your own text
+uv run train.py --help
 """
 
 import contextlib
@@ -16,11 +14,10 @@ import os
 import random
 import re
 import shutil
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache, partial
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
@@ -74,18 +71,14 @@ if get_device().type == "cpu":
 # Attention: softmax(q·k / √d) v over each position and the `window` positions before it, by the fastest way there is
 
 FLASH_KERNEL = {"repo_id": "kernels-community/flash-attn3", "revision": "v1"}  # on the kernel hub
-BACKENDS = {
-    "flash3": "flash-attention 3, for Hopper GPUs",
-    "flex": "FlexAttention",
-    "sdpa": "scaled_dot_product_attention with a mask",
-    "matmul": "two products and a softmax",
-}
+BACKENDS = ("flash3", "flex", "sdpa", "matmul")
+FORCED = os.environ.get("AUTORESEARCH_ATTENTION")  # one of them
 
 
 def choose_attention(device: torch.device, compiled: bool) -> tuple[str, str]:
-    """Return the backend, one of BACKENDS, and why. AUTORESEARCH_ATTENTION in the environment forces one."""
-    if forced := forced_attention():
-        return forced, "AUTORESEARCH_ATTENTION says so"
+    """Return one of BACKENDS, and why."""
+    if FORCED:
+        return FORCED, "AUTORESEARCH_ATTENTION says so"
     if device.type == "cpu":
         return "matmul", "on a CPU it takes less time than scaled_dot_product_attention, compiled half of it"
     if not compiled:
@@ -95,24 +88,13 @@ def choose_attention(device: torch.device, compiled: bool) -> tuple[str, str]:
     try:
         try_attention("flash3", device)
     except Exception as error:  # no network, no build for this PyTorch, a broken file: the run goes on without it
-        return "flex", f"no flash-attention 3: {in_a_line(error)}"
+        return "flex", f"flash-attention 3 does not work: {f'{type(error).__name__}: {error}'.splitlines()[0]}"
     return "flash3", "its kernel loaded and computes what it should"
-
-
-def forced_attention() -> str | None:
-    """The backend that AUTORESEARCH_ATTENTION asks for, if any."""
-    forced = os.environ.get("AUTORESEARCH_ATTENTION")
-    if forced and forced not in BACKENDS:
-        raise SystemExit(f"AUTORESEARCH_ATTENTION is {forced!r}: expected one of {', '.join(BACKENDS)}")
-    return forced
 
 
 @cache
 def flash_attention() -> Callable:
-    """Load flash-attention 3, from the disk if it was downloaded before. Raises whatever is in the way.
-
-    The package asks the hub about a kernel it has, too; a night's runs would then depend on the network.
-    """
+    """Load flash-attention 3, without asking the hub where it was downloaded before. Raises whatever is in the way."""
     import requests
     from huggingface_hub import constants
     from kernels import get_kernel, get_local_kernel, install_kernel
@@ -123,58 +105,31 @@ def flash_attention() -> Callable:
     try:
         path = install_kernel(**FLASH_KERNEL, local_files_only=True)
     except Exception:
-        within(4, partial(requests.head, constants.ENDPOINT, timeout=3))
+        if constants.HF_HUB_OFFLINE:
+            raise
+        ThreadPool(1).apply_async(requests.head, [constants.ENDPOINT], {"timeout": 2}).get(3)  # DNS may hang
         print(f"downloading {FLASH_KERNEL['repo_id']}, once", flush=True)
         constants.HF_HUB_DISABLE_PROGRESS_BARS = True
-        path = within(90, partial(install_kernel, **FLASH_KERNEL))
+        path = install_kernel(**FLASH_KERNEL)
     return get_local_kernel(path).flash_attn_func
-
-
-def within(seconds: float, function: Callable) -> object:
-    """Return function(), or raise TimeoutError and leave its thread behind: no timeout of a library covers a DNS."""
-    future = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        return future.result(seconds)
-    except TimeoutError:
-        raise TimeoutError(f"no answer within {seconds} s") from None
 
 
 def try_attention(backend: str, device: torch.device) -> None:
     """Raise RuntimeError if outputs or gradients of a small input are not those of `matmul`."""
-    length, window, results = 256, 100, {}
     draw = torch.Generator(device).manual_seed(0)  # the run's own random state stays as it was
-    q, k, v, y_grad = (torch.randn(2, length, 2, HEAD_DIM, device=device, generator=draw).bfloat16() for _ in range(4))
+    q, k, v, direction = torch.randn(4, 2, 256, 2, HEAD_DIM, device=device, generator=draw).bfloat16()
+    inputs, results = [x.requires_grad_() for x in (q, k, v)], []
     for name in (backend, "matmul"):
-        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        y = Attention(name, length, {window}, device)(*inputs, window)
-        results[name] = [y, *torch.autograd.grad(y, inputs, y_grad)]
-    for seen, expected in zip(*results.values(), strict=True):
-        error = ((seen - expected).float().norm() / expected.float().norm()).item()
-        if not error < 0.02:
-            raise RuntimeError(f"{BACKENDS[backend]} is {error:.0%} off")
+        y = Attention(name, 256, {100}, device)(*inputs, 100)
+        results.append([y, *torch.autograd.grad(y, inputs, direction)])
+    for seen, expected in zip(*results, strict=True):
+        if not (seen - expected).norm() < 0.02 * expected.norm():
+            raise RuntimeError(f"its results are wrong by {(seen - expected).norm() / expected.norm():.0%}")
 
 
-def in_a_line(error: BaseException) -> str:
-    """Type and first line of an error."""
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
-
-
-def visible(query: Tensor, key: Tensor, window: int) -> Tensor:
-    """True where the position `query` may see the position `key`."""
-    return (key <= query) & (key >= query - window)
-
-
-def mask_mod(window: int) -> Callable:
-    """`visible` as FlexAttention calls it. A closure: a default argument is not among the guards of torch.compile."""
-    return lambda batch, head, query, key: visible(query, key, window)
+def visible(window: int) -> Callable:
+    """Whether a query may see a key, as FlexAttention asks. A closure: torch.compile guards no default arguments."""
+    return lambda batch, head, query, key: (key <= query) & (key >= query - window)
 
 
 class Attention:
@@ -187,11 +142,10 @@ class Attention:
             self.flash = flash_attention()
         elif backend == "flex":
             block_mask = partial(create_block_mask, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device)
-            self.masks = {w: block_mask(mask_mod(w)) for w in windows}
+            self.masks = {w: block_mask(visible(w)) for w in windows}
         else:
-            self.masks = {w: visible(positions[:, None], positions, w) for w in windows}
-            if backend == "matmul":  # added to the scores
-                self.masks = {w: torch.where(mask, 0.0, -math.inf) for w, mask in self.masks.items()}
+            masks = {w: visible(w)(0, 0, positions[:, None], positions) for w in windows}
+            self.masks = {w: torch.where(mask, 0.0, -math.inf) for w, mask in masks.items()}  # added to the scores
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         if self.backend == "flash3":
@@ -202,7 +156,7 @@ class Attention:
         if self.backend == "flex":
             y = flex_attention(q, k, v, block_mask=self.masks[window])
         elif self.backend == "sdpa":
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[window][seen, seen])
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[window][seen, seen].to(q.dtype))
         else:
             scores = (q @ k.mT).float() * q.size(-1) ** -0.5 + self.masks[window][seen, seen]
             y = scores.softmax(-1).to(v.dtype) @ v
@@ -235,6 +189,11 @@ class Config:
         pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth - 1)]
         return [sizes[letter] for letter in [*pattern, "L"]]
 
+    @property
+    def value_blocks(self) -> range:
+        """Blocks with value embeddings: every other one, the last among them."""
+        return range((self.depth - 1) % 2, self.depth, 2)
+
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm without weights."""
@@ -257,25 +216,18 @@ class Block(nn.Module):
         self.attention_out = nn.Linear(width, width, bias=False)
         self.mlp_in = nn.Linear(width, 4 * width, bias=False)
         self.mlp_out = nn.Linear(4 * width, width, bias=False)
-        if has_value_embedding(index, config.depth):
+        if index in config.value_blocks:
             self.gate = nn.Linear(32, width // self.head_dim, bias=False)
 
-    def forward(
-        self, x: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], attention: Attention
-    ) -> Tensor:
+    def forward(self, x: Tensor, values: Tensor | None, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         y = norm(x)
         q, k, v = F.linear(y, self.qkv.flatten(0, 1)).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
-        if value_embedding is not None:
+        if values is not None:
             gate = 2 * torch.sigmoid(self.gate(y[..., :32]))
-            v = v + gate.unsqueeze(-1) * value_embedding.unflatten(-1, (-1, self.head_dim))
+            v = v + gate.unsqueeze(-1) * values.unflatten(-1, (-1, self.head_dim))
         q, k = norm(rotate(q, *rotary)), norm(rotate(k, *rotary))
         x = x + self.attention_out(attention(q, k, v, self.window).flatten(-2))
         return x + self.mlp_out(F.relu(self.mlp_in(norm(x))).square())
-
-
-def has_value_embedding(index: int, depth: int) -> bool:
-    """Every other block, the last one among them."""
-    return (depth - 1 - index) % 2 == 0
 
 
 def soft_cap(logits: Tensor) -> Tensor:
@@ -299,8 +251,8 @@ class CappedCrossEntropy(torch.autograd.Function):
             exp_sum = exp.sum(-1, keepdim=True)
             total = total + (exp_sum.log() - logits.gather(1, target)).sum()
             hit = target == torch.arange(logits.size(1), device=logits.device)
-            grad = (exp / exp_sum - hit.float()) * (1 - (logits / SOFT_CAP).square()) / len(x)
-            grad = grad.to(x.dtype)
+            grad = (exp / exp_sum - hit.float()) * (1 - (logits / SOFT_CAP).square())
+            grad = (grad / len(x)).to(x.dtype)
             x_grads.append(grad @ weight)
             weight_grad = weight_grad + (grad.T @ part).float()
         ctx.save_for_backward(torch.cat(x_grads), weight_grad)
@@ -320,9 +272,8 @@ class GPT(nn.Module):
         self.config, self.attention, self.dtype = config, attention, dtype
         width, depth = config.width, config.depth
         self.embedding = nn.Embedding(config.vocab_size, width)
-        self.value_embeddings = nn.ModuleDict(
-            {str(i): nn.Embedding(config.vocab_size, width) for i in range(depth) if has_value_embedding(i, depth)}
-        )
+        tables = {str(i): nn.Embedding(config.vocab_size, width) for i in config.value_blocks}
+        self.value_embeddings = nn.ModuleDict(tables)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(depth))
         self.head = nn.Linear(width, config.vocab_size, bias=False)
         self.residual_scales = nn.Parameter(torch.ones(depth))
@@ -353,9 +304,9 @@ class GPT(nn.Module):
             rotary = self.cos[: ids.size(1)], self.sin[: ids.size(1)]
             x = first = norm(self.embedding(ids))
             for i, block in enumerate(self.blocks):
-                value_embedding = self.value_embeddings[str(i)](ids) if str(i) in self.value_embeddings else None
+                values = self.value_embeddings[str(i)](ids) if i in self.config.value_blocks else None
                 x = self.residual_scales[i] * x + self.first_scales[i] * first
-                x = block(x, value_embedding, rotary, self.attention)
+                x = block(x, values, rotary, self.attention)
             x = norm(x)
             if targets is None:
                 return soft_cap(self.head(x))
@@ -365,8 +316,7 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Forward and backward: 6 per weight of a matrix, 12 per channel of attention and position of the window.
 
-        As in the published figures (PaLM, https://arxiv.org/abs/2204.02311, appendix B), what the causal mask saves
-        within a window is not taken off.
+        What the causal mask saves is not taken off, as in PaLM (https://arxiv.org/abs/2204.02311, appendix B).
         """
         matrices = sum(w.numel() for w in self.blocks.parameters()) + self.head.weight.numel()
         return 6 * matrices + 12 * self.config.width * sum(self.config.windows)
@@ -397,54 +347,32 @@ def orthogonalize(g: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return x.mT if tall else x
 
 
-Number = Tensor | float
-
-
-def muon_update(
-    p: Tensor,
-    g: Tensor,
-    velocity: Tensor,
-    variance: Tensor,
-    lr: Number,
-    momentum: Number,
-    decay: Number,
-    beta2: Number,
-    dtype: torch.dtype,
-) -> None:
-    """Update the stack p (n, rows, cols), float32, in place; orthogonalize in `dtype`.
+def muon_update(p: Tensor, g: Tensor, velocity: Tensor, variance: Tensor, numbers: dict, dtype: torch.dtype) -> None:
+    """Update the stack p (n, rows, cols), float32, in place; orthogonalize in `dtype`. numbers: those of the group.
 
     Muon (https://kellerjordan.github.io/posts/muon) with Nesterov momentum, the variance of each neuron evened out
     (NorMuon, https://arxiv.org/abs/2510.05491), and decay only where it agrees with the step (cautious weight decay,
     https://arxiv.org/abs/2510.12402). variance: (n, rows, 1), or (n, 1, cols) for wide matrices.
     """
+    lr, momentum = numbers["lr"] * max(1.0, p.size(1) / p.size(2)) ** 0.5, numbers["momentum"]
     velocity.lerp_(g, 1 - momentum)
     step = orthogonalize(g.lerp(velocity, momentum), dtype).float()
     size = step.norm(dim=(-2, -1), keepdim=True)
-    variance.lerp_(step.square().mean(-1 if variance.size(-1) == 1 else -2, keepdim=True), 1 - beta2)
+    variance.lerp_(step.square().mean(-1 if variance.size(-1) == 1 else -2, keepdim=True), 1 - numbers["beta2"])
     step = step * variance.clamp(min=1e-10).rsqrt()
     step = step * (size / step.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
     agree = (step * p >= 0).to(p.dtype)
-    p.sub_(lr * (step + decay * agree * p))
+    p.sub_(lr * (step + numbers["weight_decay"] * agree * p))
 
 
-def adamw_update(
-    p: Tensor,
-    g: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    step: Number,
-    lr: Number,
-    beta1: Number,
-    beta2: Number,
-    eps: Number,
-    decay: Number,
-) -> None:
+def adamw_update(p: Tensor, g: Tensor, mean: Tensor, square: Tensor, step: Tensor | int, numbers: dict) -> None:
     """Update p in place as AdamW (https://arxiv.org/abs/1711.05101), in float32 whatever p's dtype is."""
+    lr, beta1, beta2 = numbers["lr"], numbers["beta1"], numbers["beta2"]
     g = g.float()
     mean.lerp_(g, 1 - beta1)
     square.lerp_(g.square(), 1 - beta2)
-    denominator = (square / (1 - beta2**step)).sqrt() + eps
-    p.copy_(p.float() * (1 - lr * decay) - lr / (1 - beta1**step) * mean / denominator)
+    denominator = (square / (1 - beta2**step)).sqrt() + numbers["eps"]
+    p.copy_(p.float() * (1 - lr * numbers["weight_decay"]) - lr / (1 - beta1**step) * mean / denominator)
 
 
 def stacked(matrices: list[Tensor]) -> Tensor:
@@ -486,21 +414,15 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self) -> None:
         """Update every parameter from its gradient."""
         self.steps += 1
-        number = self.number
         for group in self.param_groups:
-            lr, decay = number(group["lr"]), number(group["weight_decay"])
+            numbers = {name: self.number(value) for name, value in group.items() if isinstance(value, float)}
+            params = group["params"]
             if group["kind"] == "adamw":
-                beta1, beta2 = map(number, group["betas"])
-                for p in group["params"]:
-                    state = self.state[p]
-                    eps = number(group["eps"])
-                    self.adamw(p, p.grad, state["mean"], state["square"], self.steps, lr, beta1, beta2, eps, decay)
+                for p in params:
+                    self.adamw(p, p.grad, self.state[p]["mean"], self.state[p]["square"], self.steps, numbers)
             else:
-                params, state = group["params"], self.state[group["params"][0]]
-                stack, grads = stacked(params), stacked([p.grad for p in params])
-                lr = lr * max(1.0, stack.size(1) / stack.size(2)) ** 0.5
-                momentum, beta2 = number(group["momentum"]), number(group["beta2"])
-                self.muon(stack, grads, state["velocity"], state["variance"], lr, momentum, decay, beta2, self.dtype)
+                stack, grads, state = stacked(params), stacked([p.grad for p in params]), self.state[params[0]]
+                self.muon(stack, grads, state["velocity"], state["variance"], numbers, self.dtype)
                 parts = stack.split([p.numel() // stack[0].numel() for p in params])
                 torch._foreach_copy_(params, [part.view_as(p) for part, p in zip(parts, params, strict=True)])
 
@@ -508,7 +430,7 @@ class MuonAdamW(torch.optim.Optimizer):
 def build_optimizer(model: GPT, compiled: bool) -> MuonAdamW:
     """Sort the parameters into their groups."""
     scale = (model.config.width / 768) ** -0.5
-    adam = {"kind": "adamw", "betas": ADAM_BETAS, "eps": ADAM_EPS, "weight_decay": 0.0}
+    adam = {"kind": "adamw", "beta1": ADAM_BETAS[0], "beta2": ADAM_BETAS[1], "eps": ADAM_EPS, "weight_decay": 0.0}
     embeddings = [model.embedding.weight, *(e.weight for e in model.value_embeddings.values())]
     groups = [
         adam | {"params": [model.head.weight], "lr": HEAD_LR * scale},
@@ -550,67 +472,51 @@ def set_schedule(optimizer: MuonAdamW, progress: float, step: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Training loop
 
-# Dense bf16 TFLOP/s, products summed in float32, from NVIDIA's and AMD's datasheets and NVIDIA's architecture whitepapers
-# (GA102, Ada, Blackwell), by a pattern for the device's name.
+# Dense bf16 TFLOP/s with float32 sums, by a pattern for the device's name: datasheets of NVIDIA and AMD, for RTX cards
+# NVIDIA's whitepapers of the architectures (GA102, Ada, Blackwell).
 PEAK_TFLOPS = {
-    r"A100\b": 312,
-    r"H100 PCIe": 756,
-    r"H[12]00 NVL": 835.5,
-    r"(H100|H200|GH200)\b": 989.5,
-    r"B200\b": 2250,
-    r"GB200\b": 2500,
-    r"L4$": 121,
-    r"L40S$": 362,
-    r"A10$": 125,
-    r"RTX 3090$": 71,
-    r"RTX 4090$": 165.2,
-    r"RTX 5090$": 209.5,
-    r"RTX 6000 Ada": 364.2,
-    r"RTX PRO 6000 Blackwell.* Max-Q": 438.9,
-    r"RTX PRO 6000 Blackwell": 503.8,
-    r"MI250X": 191.5,  # a device is one of its two dies
-    r"MI300X": 1307.4,
-}
+    r"A100\b": 312, r"H100 PCIe": 756, r"H[12]00 NVL": 835.5, r"(G?H200|H100)\b": 989.5, r"B200\b": 2250,
+    r"A10$": 125, r"L4$": 121, r"L40S$": 362, r"RTX 3090$": 71, r"RTX 4090$": 165.2, r"RTX 5090$": 209.5,
+    r"RTX 6000 Ada": 364.2, r"RTX PRO 6000 Blackwell.* Max-Q": 438.9, r"RTX PRO 6000 Blackwell": 503.8,
+    r"MI250X": 191.5, r"MI300X": 1307.4,  # an MI250X is two devices
+}  # fmt: skip
 
 
 def peak_flops(device: torch.device) -> float:
     """The device's dense bf16 peak in FLOP/s, 0 if it is not known: no figure is better than a wrong one."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    if "MIG" in name:  # a slice of a GPU
-        return 0.0
-    return next((peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}", name)), 0.0)
+    peaks = (peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}", name))
+    return 0.0 if "MIG" in name else next(peaks, 0.0)  # MIG: a slice of a GPU
 
 
 def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
     """Return the dtype to compute in, whether to compile, and why."""
     compiler = any(map(shutil.which, ("gcc", "g++", "clang", "clang++")))
-    if device.type == "cuda" and not (compiler and has_triton()):
-        return torch.bfloat16, False, "torch.compile needs Triton and a C compiler (gcc)"
     if device.type == "cuda":
-        return torch.bfloat16, True, "a GPU"
+        works = compiler and has_triton()
+        return torch.bfloat16, works, "a GPU" if works else "torch.compile needs Triton and a C compiler (gcc)"
     if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.float32, False, "this CPU has no AVX512-BF16 or AMX"
-    if not compiler:
-        return torch.bfloat16, False, "the CPU has bf16 instructions, but torch.compile needs a C++ compiler (g++)"
-    return torch.bfloat16, True, "the CPU has bf16 instructions"
+    lack = "" if compiler else ", but torch.compile needs a C++ compiler (g++)"
+    return torch.bfloat16, compiler, f"the CPU has bf16 instructions{lack}"
 
 
 def check_knobs(length: int) -> None:
     """Refuse what can't work before anything is compiled."""
     tokens = DEVICE_BATCH_SIZE * length
-    for works, message in (
-        (DEPTH >= 1, f"DEPTH {DEPTH} must be at least 1"),
-        (HEAD_DIM >= 32 and HEAD_DIM % 2 == 0, f"HEAD_DIM {HEAD_DIM} must be even, and 32 or more"),
-        (set(WINDOW_PATTERN or "-") <= set("SL"), f"WINDOW_PATTERN {WINDOW_PATTERN!r} must be of the letters S and L"),
-        (DEVICE_BATCH_SIZE >= 1, f"DEVICE_BATCH_SIZE {DEVICE_BATCH_SIZE} must be at least 1"),
-        (
-            tokens > 0 and TOTAL_BATCH_SIZE > 0 and TOTAL_BATCH_SIZE % tokens == 0,
-            f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} must be a multiple of DEVICE_BATCH_SIZE {DEVICE_BATCH_SIZE} rows × "
-            f"{length} = {tokens} tokens",
-        ),
+    whole = f"a multiple of DEVICE_BATCH_SIZE {DEVICE_BATCH_SIZE} rows × {length} = {tokens} tokens"
+    for name, works, must in (
+        ("DEPTH", DEPTH >= 1, "at least 1"),
+        ("HEAD_DIM", HEAD_DIM >= 32 and HEAD_DIM % 2 == 0, "even, and 32 or more"),
+        ("WINDOW_PATTERN", set(WINDOW_PATTERN or "-") <= set("SL"), "of the letters S and L"),
+        ("SOFT_CAP", 0 < SOFT_CAP <= 80, "more than 0 and at most 80, for e^80 fits float32"),
+        ("DEVICE_BATCH_SIZE", DEVICE_BATCH_SIZE >= 1, "at least 1"),
+        ("TOTAL_BATCH_SIZE", 0 < tokens <= TOTAL_BATCH_SIZE and TOTAL_BATCH_SIZE % tokens == 0, whole),
     ):
         if not works:
-            raise SystemExit(message)
+            raise SystemExit(f"{name} {globals()[name]!r} must be {must}")
+    if FORCED and FORCED not in BACKENDS:
+        raise SystemExit(f"AUTORESEARCH_ATTENTION {FORCED!r} must be one of {', '.join(BACKENDS)}")
 
 
 def train_step(model: nn.Module, optimizer: MuonAdamW, batches: list) -> Tensor:
@@ -655,20 +561,21 @@ def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int
         forward = torch.compile(model, dynamic=False, options=options) if compiled else model
         batch = next(make_dataloader(run.tokenizer, rows, length, "train", run.seed))[:2]
         batches = [batch] * min(2, TOTAL_BATCH_SIZE // (rows * length))  # the second comes on top of gradients
-        run.status = (
-            f"warm-up{' and compile' * compiled}, micro-batches of {rows} rows, attention by {attention.backend}"
-        )
+        run.status = f"warm-up{' and compile' * compiled}, micro-batches of {rows} rows, attention {attention.backend}"
         try:
             warm_up(model, optimizer, partial(train_step, forward, optimizer, batches))
             return forward, optimizer, rows
         except Exception as error:
-            if out_of_memory(error) and rows > 1:
+            out_of_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+            if out_of_memory and rows > 1:
                 rows = next(r for r in range(rows // 2, 0, -1) if TOTAL_BATCH_SIZE % (r * length) == 0)
                 change = f"out of memory: micro-batches of {rows} rows instead"
-            elif compiled and not forced_attention():
+            elif compiled and not FORCED:
                 backend = {"flash3": "flex", "flex": "sdpa"}.get(attention.backend, attention.backend)
                 compiled = backend != attention.backend
-                change = f"{in_a_line(error)}: {f'attention by {backend}' if compiled else 'not compiled'} instead"
+                change = f"attention {backend} instead" if compiled else "not compiled after all"
+                cause = error.__cause__ or error  # that of the compiler's own errors says more
+                change = f"{f'{type(cause).__name__}: {cause}'.splitlines()[0]}: {change}"
                 model.attention = attention = Attention(backend, length, set(model.config.windows), run.device)
             else:
                 raise
@@ -679,19 +586,12 @@ def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int
         print(change, flush=True)
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether memory is what was missing, also for a library or the compiler, which wraps the error."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )
-
-
 def keep_memory() -> None:
     """Keep glibc from giving large tensors back to the kernel, to get them anew, page by page, in the next step."""
     with contextlib.suppress(OSError, AttributeError):  # another libc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            mallopt(option, value)
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def main() -> None:
@@ -710,12 +610,11 @@ def train(run: Run) -> None:
     backend, attention_why = choose_attention(device, compiled)
     config = Config(run.tokenizer.get_vocab_size(), length, DEPTH, HEAD_DIM, ASPECT_RATIO, WINDOW_PATTERN)
     model = GPT(config, Attention(backend, length, set(config.windows), device), dtype).to(device)
-    num_params = sum(p.numel() for p in model.parameters())
+    num_params, peak = sum(p.numel() for p in model.parameters()), peak_flops(device)
     print(f"precision: {str(dtype)[6:]}, {'compiled' if compiled else 'not compiled'} ({why})")
     print(f"attention: {backend} ({attention_why})")
     print(f"model: {config.depth} blocks of width {config.width}, {num_params / 1e6:.1f}M parameters", flush=True)
-    if not peak_flops(device):
-        print("mfu_percent: will be 0.00, the peak of this device is not known", flush=True)
+    print("mfu_percent: will be 0.00, the peak of this device is not known\n" * (not peak), end="", flush=True)
     forward, optimizer, rows = fit(run, model, compiled)
     micro_batches = TOTAL_BATCH_SIZE // (rows * length)
     print(f"step: {TOTAL_BATCH_SIZE} tokens in {micro_batches} micro-batches of {rows} rows of {length}", flush=True)
@@ -741,7 +640,7 @@ def train(run: Run) -> None:
     loader.close()
 
     run.status = f"evaluating after {step} steps"
-    tokens, peak = step * TOTAL_BATCH_SIZE, peak_flops(device)
+    tokens = step * TOTAL_BATCH_SIZE
     mfu = 100 * model.flops_per_token() * tokens / run.seconds / peak if peak else 0.0
     run.finish(forward, rows, step, tokens, config.depth, mfu)
 
