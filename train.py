@@ -5,8 +5,6 @@ uv run train.py --corpus FOLDER        # your own text
 uv run train.py --help
 """
 
-import contextlib
-import ctypes
 import gc
 import logging
 import math
@@ -574,8 +572,8 @@ def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int
                 backend = {"flash3": "flex", "flex": "sdpa"}.get(attention.backend, attention.backend)
                 compiled = backend != attention.backend
                 change = f"attention {backend} instead" if compiled else "not compiled after all"
-                cause = error.__cause__ or error  # that of the compiler's own errors says more
-                change = f"{f'{type(cause).__name__}: {cause}'.splitlines()[0]}: {change}"
+                error = error.__cause__ or error  # that of the compiler's own errors says more
+                change = f"{f'{type(error).__name__}: {error}'.splitlines()[0]}: {change}"
                 model.attention = attention = Attention(backend, length, set(model.config.windows), run.device)
             else:
                 raise
@@ -584,14 +582,6 @@ def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int
         gc.collect()
         torch.cuda.empty_cache()
         print(change, flush=True)
-
-
-def keep_memory() -> None:
-    """Keep glibc from giving large tensors back to the kernel, to get them anew, page by page, in the next step."""
-    with contextlib.suppress(OSError, AttributeError):  # another libc
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def main() -> None:
@@ -605,7 +595,6 @@ def train(run: Run) -> None:
     device, length = run.device, run.corpus.seq_len
     check_knobs(length)
     torch.set_float32_matmul_precision("high")
-    keep_memory()
     dtype, compiled, why = choose_precision(device)
     backend, attention_why = choose_attention(device, compiled)
     config = Config(run.tokenizer.get_vocab_size(), length, DEPTH, HEAD_DIM, ASPECT_RATIO, WINDOW_PATTERN)
