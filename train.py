@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -70,13 +71,17 @@ if get_device().type == "cpu":
 
 FLASH_KERNEL = {"repo_id": "kernels-community/flash-attn3", "revision": "v1"}  # on the kernel hub
 BACKENDS = ("flash3", "flex", "sdpa", "matmul")
-FORCED = os.environ.get("AUTORESEARCH_ATTENTION")  # one of them
+FORCED_BACKEND = os.environ.get("AUTORESEARCH_ATTENTION")  # one of them
 
 
 def choose_attention(device: torch.device, compiled: bool) -> tuple[str, str]:
-    """Return one of BACKENDS, and why."""
-    if FORCED:
-        return FORCED, "AUTORESEARCH_ATTENTION says so"
+    """Return one of BACKENDS, and why. Raises SystemExit if the one that is forced does not work."""
+    if FORCED_BACKEND:
+        try:
+            try_attention(FORCED_BACKEND, device)
+        except Exception as error:
+            raise SystemExit(f"AUTORESEARCH_ATTENTION={FORCED_BACKEND} does not work: {in_a_line(error)}") from None
+        return FORCED_BACKEND, "AUTORESEARCH_ATTENTION says so"
     if device.type == "cpu":
         return "matmul", "on a CPU it takes less time than scaled_dot_product_attention, compiled half of it"
     if not compiled:
@@ -86,7 +91,7 @@ def choose_attention(device: torch.device, compiled: bool) -> tuple[str, str]:
     try:
         try_attention("flash3", device)
     except Exception as error:  # no network, no build for this PyTorch, a broken file: the run goes on without it
-        return "flex", f"flash-attention 3 does not work: {f'{type(error).__name__}: {error}'.splitlines()[0]}"
+        return "flex", f"flash-attention 3 does not work: {in_a_line(error)}"
     return "flash3", "its kernel loaded and computes what it should"
 
 
@@ -94,22 +99,29 @@ def choose_attention(device: torch.device, compiled: bool) -> tuple[str, str]:
 def flash_attention() -> Callable:
     """Load flash-attention 3, without asking the hub where it was downloaded before. Raises whatever is in the way."""
     import requests
-    from huggingface_hub import constants
+    from huggingface_hub import constants, utils
     from kernels import get_kernel, get_local_kernel, install_kernel
 
     logging.getLogger("kernels").setLevel(logging.ERROR)
-    if "LOCAL_KERNELS" in os.environ:  # repository=folder, a build of your own
+    if FLASH_KERNEL["repo_id"] in os.environ.get("LOCAL_KERNELS", ""):  # repository=folder, a build of your own
         return get_kernel(**FLASH_KERNEL).flash_attn_func
     try:
         path = install_kernel(**FLASH_KERNEL, local_files_only=True)
     except Exception:
         if constants.HF_HUB_OFFLINE:
             raise
-        ThreadPool(1).apply_async(requests.head, [constants.ENDPOINT], {"timeout": 2}).get(3)  # DNS may hang
+        pool, url = ThreadPool(2), f"{constants.ENDPOINT}/api/organizations/kernels-community/overview"
+        pool.apply_async(requests.get, [url], {"timeout": 2}).get(3).raise_for_status()  # looking up a name may hang
         print(f"downloading {FLASH_KERNEL['repo_id']}, once", flush=True)
-        constants.HF_HUB_DISABLE_PROGRESS_BARS = True
-        path = install_kernel(**FLASH_KERNEL)
+        utils.disable_progress_bars()
+        path = pool.apply_async(install_kernel, kwds=FLASH_KERNEL).get(60)
     return get_local_kernel(path).flash_attn_func
+
+
+def in_a_line(error: BaseException) -> str:
+    """The first line of an error, or of its cause: those of the compiler say more in it."""
+    error = error.__cause__ or error
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")  # a TimeoutError says no more
 
 
 def try_attention(backend: str, device: torch.device) -> None:
@@ -150,7 +162,7 @@ class Attention:
             y = self.flash(q, k, v, causal=True, window_size=(window, 0))
             return y[0] if isinstance(y, tuple) else y
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        seen = slice(q.size(2))  # a row may be shorter than `length`
+        seen = slice(q.size(2))  # a row may be shorter than `length`, but not for flex
         if self.backend == "flex":
             y = flex_attention(q, k, v, block_mask=self.masks[window])
         elif self.backend == "sdpa":
@@ -248,9 +260,8 @@ class CappedCrossEntropy(torch.autograd.Function):
             exp = logits.exp()
             exp_sum = exp.sum(-1, keepdim=True)
             total = total + (exp_sum.log() - logits.gather(1, target)).sum()
-            hit = target == torch.arange(logits.size(1), device=logits.device)
-            grad = (exp / exp_sum - hit.float()) * (1 - (logits / SOFT_CAP).square())
-            grad = (grad / len(x)).to(x.dtype)
+            hit = (target == torch.arange(logits.size(1), device=logits.device)).float()
+            grad = ((exp / exp_sum - hit) * (1 - (logits / SOFT_CAP).square()) / len(x)).to(x.dtype)
             x_grads.append(grad @ weight)
             weight_grad = weight_grad + (grad.T @ part).float()
         ctx.save_for_backward(torch.cat(x_grads), weight_grad)
@@ -308,8 +319,8 @@ class GPT(nn.Module):
             x = norm(x)
             if targets is None:
                 return soft_cap(self.head(x))
-        weight = self.head.weight.to(self.dtype)
-        return CappedCrossEntropy.apply(x.flatten(0, 1).to(self.dtype), weight, targets.flatten())
+        x, weight = x.flatten(0, 1).to(self.dtype), self.head.weight.to(self.dtype)
+        return CappedCrossEntropy.apply(x, weight, targets.flatten())
 
     def flops_per_token(self) -> int:
         """Forward and backward: 6 per weight of a matrix, 12 per channel of attention and position of the window.
@@ -321,7 +332,7 @@ class GPT(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimizer
+# Optimizer and schedules
 
 # Polar Express: the five polynomials of https://arxiv.org/abs/2505.16932 (Amsel et al., 2025) for a 2 % safety margin.
 POLAR_EXPRESS = (
@@ -345,32 +356,32 @@ def orthogonalize(g: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return x.mT if tall else x
 
 
-def muon_update(p: Tensor, g: Tensor, velocity: Tensor, variance: Tensor, numbers: dict, dtype: torch.dtype) -> None:
-    """Update the stack p (n, rows, cols), float32, in place; orthogonalize in `dtype`. numbers: those of the group.
+def muon_update(p: Tensor, g: Tensor, velocity: Tensor, variance: Tensor, settings: dict, dtype: torch.dtype) -> None:
+    """Update the stack p (n, rows, cols), float32, in place; orthogonalize in `dtype`. settings: the group's.
 
     Muon (https://kellerjordan.github.io/posts/muon) with Nesterov momentum, the variance of each neuron evened out
     (NorMuon, https://arxiv.org/abs/2510.05491), and decay only where it agrees with the step (cautious weight decay,
     https://arxiv.org/abs/2510.12402). variance: (n, rows, 1), or (n, 1, cols) for wide matrices.
     """
-    lr, momentum = numbers["lr"] * max(1.0, p.size(1) / p.size(2)) ** 0.5, numbers["momentum"]
+    lr, momentum = settings["lr"] * max(1.0, p.size(1) / p.size(2)) ** 0.5, settings["momentum"]
     velocity.lerp_(g, 1 - momentum)
     step = orthogonalize(g.lerp(velocity, momentum), dtype).float()
     size = step.norm(dim=(-2, -1), keepdim=True)
-    variance.lerp_(step.square().mean(-1 if variance.size(-1) == 1 else -2, keepdim=True), 1 - numbers["beta2"])
+    variance.lerp_(step.square().mean(-1 if variance.size(-1) == 1 else -2, keepdim=True), 1 - settings["beta2"])
     step = step * variance.clamp(min=1e-10).rsqrt()
     step = step * (size / step.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
     agree = (step * p >= 0).to(p.dtype)
-    p.sub_(lr * (step + numbers["weight_decay"] * agree * p))
+    p.sub_(lr * (step + settings["weight_decay"] * agree * p))
 
 
-def adamw_update(p: Tensor, g: Tensor, mean: Tensor, square: Tensor, step: Tensor | int, numbers: dict) -> None:
+def adamw_update(p: Tensor, g: Tensor, mean: Tensor, square: Tensor, step: Tensor | int, settings: dict) -> None:
     """Update p in place as AdamW (https://arxiv.org/abs/1711.05101), in float32 whatever p's dtype is."""
-    lr, beta1, beta2 = numbers["lr"], numbers["beta1"], numbers["beta2"]
+    lr, beta1, beta2 = settings["lr"], settings["beta1"], settings["beta2"]
     g = g.float()
     mean.lerp_(g, 1 - beta1)
     square.lerp_(g.square(), 1 - beta2)
-    denominator = (square / (1 - beta2**step)).sqrt() + numbers["eps"]
-    p.copy_(p.float() * (1 - lr * numbers["weight_decay"]) - lr / (1 - beta1**step) * mean / denominator)
+    denominator = (square / (1 - beta2**step)).sqrt() + settings["eps"]
+    p.copy_(p.float() * (1 - lr * settings["weight_decay"]) - lr / (1 - beta1**step) * mean / denominator)
 
 
 def stacked(matrices: list[Tensor]) -> Tensor:
@@ -388,7 +399,7 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0})
         wrap = partial(torch.compile, dynamic=False, fullgraph=True) if compiled else (lambda function: function)
         self.adamw, self.muon, self.dtype = wrap(adamw_update), wrap(muon_update), dtype
-        self.number = torch.tensor if compiled else float
+        self.scalar = torch.tensor if compiled else float
         self.steps = torch.zeros(())
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
@@ -413,14 +424,14 @@ class MuonAdamW(torch.optim.Optimizer):
         """Update every parameter from its gradient."""
         self.steps += 1
         for group in self.param_groups:
-            numbers = {name: self.number(value) for name, value in group.items() if isinstance(value, float)}
+            settings = {k: self.scalar(float(value)) for k, value in group.items() if isinstance(value, int | float)}
             params = group["params"]
             if group["kind"] == "adamw":
                 for p in params:
-                    self.adamw(p, p.grad, self.state[p]["mean"], self.state[p]["square"], self.steps, numbers)
+                    self.adamw(p, p.grad, self.state[p]["mean"], self.state[p]["square"], self.steps, settings)
             else:
                 stack, grads, state = stacked(params), stacked([p.grad for p in params]), self.state[params[0]]
-                self.muon(stack, grads, state["velocity"], state["variance"], numbers, self.dtype)
+                self.muon(stack, grads, state["velocity"], state["variance"], settings, self.dtype)
                 parts = stack.split([p.numel() // stack[0].numel() for p in params])
                 torch._foreach_copy_(params, [part.view_as(p) for part, p in zip(parts, params, strict=True)])
 
@@ -442,10 +453,6 @@ def build_optimizer(model: GPT, compiled: bool) -> MuonAdamW:
         muon = {"momentum": MUON_MOMENTUM[0], "beta2": MUON_BETA2, "weight_decay": WEIGHT_DECAY}
         groups.append({"kind": "muon", "params": params, "lr": MATRIX_LR, **muon})
     return MuonAdamW(groups, compiled, model.dtype)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Schedules
 
 
 def lr_factor(progress: float) -> float:
@@ -475,8 +482,8 @@ def set_schedule(optimizer: MuonAdamW, progress: float, step: int) -> None:
 PEAK_TFLOPS = {
     r"A100\b": 312, r"H100 PCIe": 756, r"H[12]00 NVL": 835.5, r"(G?H200|H100)\b": 989.5, r"B200\b": 2250,
     r"A10$": 125, r"L4$": 121, r"L40S$": 362, r"RTX 3090$": 71, r"RTX 4090$": 165.2, r"RTX 5090$": 209.5,
-    r"RTX 6000 Ada": 364.2, r"RTX PRO 6000 Blackwell.* Max-Q": 438.9, r"RTX PRO 6000 Blackwell": 503.8,
-    r"MI250X": 191.5, r"MI300X": 1307.4,  # an MI250X is two devices
+    r"RTX 6000 Ada": 364.2, r"RTX PRO 6000 Blackwell Max-Q": 438.9, r"RTX PRO 6000 Blackwell Workstation": 503.8,
+    r"MI250X$": 191.5, r"MI300X": 1307.4,  # an MI250X is two devices
 }  # fmt: skip
 
 
@@ -484,7 +491,7 @@ def peak_flops(device: torch.device) -> float:
     """The device's dense bf16 peak in FLOP/s, 0 if it is not known: no figure is better than a wrong one."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peaks = (peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}", name))
-    return 0.0 if "MIG" in name else next(peaks, 0.0)  # MIG: a slice of a GPU
+    return 0.0 if re.search(r"MIG|-\d+[CQ]$", name) else next(peaks, 0.0)  # MIG and vGPU: a slice of a GPU
 
 
 def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
@@ -507,14 +514,14 @@ def check_knobs(length: int) -> None:
         ("DEPTH", DEPTH >= 1, "at least 1"),
         ("HEAD_DIM", HEAD_DIM >= 32 and HEAD_DIM % 2 == 0, "even, and 32 or more"),
         ("WINDOW_PATTERN", set(WINDOW_PATTERN or "-") <= set("SL"), "of the letters S and L"),
-        ("SOFT_CAP", 0 < SOFT_CAP <= 80, "more than 0 and at most 80, for e^80 fits float32"),
+        ("SOFT_CAP", 0 < SOFT_CAP <= 70, "more than 0 and at most 70, so that sums of e^70 fit float32"),
+        ("HEAD_CHUNK", HEAD_CHUNK >= 1, "at least 1"),
+        ("FORCED_BACKEND", FORCED_BACKEND in (None, "", *BACKENDS), f"one of {BACKENDS} (AUTORESEARCH_ATTENTION)"),
         ("DEVICE_BATCH_SIZE", DEVICE_BATCH_SIZE >= 1, "at least 1"),
         ("TOTAL_BATCH_SIZE", 0 < tokens <= TOTAL_BATCH_SIZE and TOTAL_BATCH_SIZE % tokens == 0, whole),
     ):
         if not works:
             raise SystemExit(f"{name} {globals()[name]!r} must be {must}")
-    if FORCED and FORCED not in BACKENDS:
-        raise SystemExit(f"AUTORESEARCH_ATTENTION {FORCED!r} must be one of {', '.join(BACKENDS)}")
 
 
 def train_step(model: nn.Module, optimizer: MuonAdamW, batches: list) -> Tensor:
@@ -548,10 +555,7 @@ def warm_up(model: GPT, optimizer: MuonAdamW, step: Callable[[], Tensor]) -> Non
 
 
 def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int]:
-    """Warm up until it works: with smaller micro-batches, another attention, uncompiled. A line says what is changed.
-
-    Return the model to call, its optimizer and the rows of a micro-batch.
-    """
+    """Warm up, with less memory or another way where need be; return the model to call, its optimizer, and the rows."""
     rows, length, attention = DEVICE_BATCH_SIZE, run.corpus.seq_len, model.attention
     while True:
         optimizer = build_optimizer(model, compiled and run.device.type == "cuda")
@@ -564,16 +568,21 @@ def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int
             warm_up(model, optimizer, partial(train_step, forward, optimizer, batches))
             return forward, optimizer, rows
         except Exception as error:
-            out_of_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+            words = (
+                "out of memory",
+                "ALLOC_FAILED",
+                "can't allocate memory",
+            )  # of CUDA, cuBLAS, the CPU, wrapped or not
+            out_of_memory = isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
             if out_of_memory and rows > 1:
                 rows = next(r for r in range(rows // 2, 0, -1) if TOTAL_BATCH_SIZE % (r * length) == 0)
                 change = f"out of memory: micro-batches of {rows} rows instead"
-            elif compiled and not FORCED:
-                backend = {"flash3": "flex", "flex": "sdpa"}.get(attention.backend, attention.backend)
+            elif compiled and isinstance(error, RuntimeError | OSError):  # others are mistakes in this file
+                others = {} if FORCED_BACKEND else {"flash3": "flex", "flex": "sdpa"}
+                backend = others.get(attention.backend, attention.backend)
                 compiled = backend != attention.backend
                 change = f"attention {backend} instead" if compiled else "not compiled after all"
-                error = error.__cause__ or error  # that of the compiler's own errors says more
-                change = f"{f'{type(error).__name__}: {error}'.splitlines()[0]}: {change}"
+                change = f"{in_a_line(error)}: {change}"
                 model.attention = attention = Attention(backend, length, set(model.config.windows), run.device)
             else:
                 raise
@@ -595,6 +604,7 @@ def train(run: Run) -> None:
     device, length = run.device, run.corpus.seq_len
     check_knobs(length)
     torch.set_float32_matmul_precision("high")
+    warnings.filterwarnings("ignore", "flex_attention called without")  # start() looks at a few rows uncompiled
     dtype, compiled, why = choose_precision(device)
     backend, attention_why = choose_attention(device, compiled)
     config = Config(run.tokenizer.get_vocab_size(), length, DEPTH, HEAD_DIM, ASPECT_RATIO, WINDOW_PATTERN)

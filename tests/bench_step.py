@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42, help="of the first turn (default 42)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.steps < 8 or arguments.turns < 1:
+        parser.error("expected --steps of 8 or more and --turns of 1 or more")
     if arguments.child:
         result = train_some(arguments.child, arguments.steps, arguments.seed, arguments.corpus, arguments.profile)
         print(json.dumps(result))

@@ -8,6 +8,7 @@ import http.server
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def test_a_kernel_that_works_is_taken(local_kernel, hopper):
         ({"source": KERNEL.replace("assert causal", "raise RuntimeError('no kernel image')  # ")}, "no kernel image"),
         ({"source": "def broken("}, "SyntaxError"),
         ({"variant": "torch29-cxx11-cu128-x86_64-linux"}, "Cannot find a build variant"),
-        ({"metadata": {}}, "Error"),
+        ({"metadata": {}}, "ValueError"),
     ],
 )
 def test_a_kernel_that_does_not_work_is_named_in_one_line(local_kernel, hopper, parts, reason):
@@ -173,7 +174,7 @@ def test_trying_attention_draws_no_random_numbers(local_kernel, hopper):
 )
 def test_other_gpus_do_not_ask_for_the_kernel(monkeypatch, capability, compiled, backend):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(train, "flash_attention", lambda: pytest.fail("asked for"))
+    monkeypatch.setattr(train, "try_attention", lambda *arguments: None)  # a kernel that would work
     assert train.choose_attention(torch.device("cuda"), compiled)[0] == backend
 
 
@@ -244,15 +245,17 @@ print(*train.choose_attention(torch.device("cuda"), True))
 
 def choose(tmp_path, endpoint, **environment):
     """Choose in a process of its own, with an empty cache the first time: the hub's address is read on import."""
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), **environment}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "LOCAL_KERNELS", "AUTORESEARCH_"))}
+    settings = inherited | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache")} | environment
     command = [sys.executable, "-c", CHOOSE]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=60)
 
 
 def test_a_kernel_is_downloaded_once_and_then_needs_no_hub(hub, tmp_path):
     first = choose(tmp_path, hub.url)
     assert first.stdout.splitlines()[0] == "downloading kernels-community/flash-attn3, once"
     assert first.stdout.splitlines()[-1].startswith("flash3 ")
+    assert first.stderr == ""
     asked = len(hub.asked)
     assert choose(tmp_path, hub.url).stdout.startswith("flash3 ")
     assert len(hub.asked) == asked
@@ -284,12 +287,22 @@ def test_without_a_hub_one_line_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "matmul"])
-def test_the_environment_forces_a_backend(monkeypatch, backend):
-    monkeypatch.setattr(train, "FORCED", backend)
-    assert train.choose_attention(CPU, compiled=True) == (backend, "AUTORESEARCH_ATTENTION says so")
+def test_the_environment_forces_a_backend(tmp_path, backend):
+    seen = choose(tmp_path, "http://127.0.0.1:1", AUTORESEARCH_ATTENTION=backend)
+    assert seen.stdout == f"{backend} AUTORESEARCH_ATTENTION says so\n"
+
+
+def test_a_forced_backend_that_does_not_work_ends_the_run_in_one_line(tmp_path):
+    for backend, reason in (("flash3", "ConnectionError|NewConnectionError|MaxRetryError"), ("flex", "backward")):
+        seen = choose(tmp_path, "http://127.0.0.1:1", AUTORESEARCH_ATTENTION=backend)
+        assert seen.returncode == 1
+        line = seen.stderr.splitlines()[-1]
+        assert line.startswith(f"AUTORESEARCH_ATTENTION={backend} does not work: ")
+        assert re.search(reason, line)
+        assert "Traceback" not in seen.stderr
 
 
 def test_a_backend_that_there_is_not_is_refused(monkeypatch):
-    monkeypatch.setattr(train, "FORCED", "flash2")
-    with pytest.raises(SystemExit, match="AUTORESEARCH_ATTENTION 'flash2' must be one of flash3, flex"):
+    monkeypatch.setattr(train, "FORCED_BACKEND", "flash2")
+    with pytest.raises(SystemExit, match=r"'flash2' must be one of .*flash3.*AUTORESEARCH_ATTENTION"):
         train.check_knobs(256)

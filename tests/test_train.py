@@ -167,9 +167,9 @@ def test_muon_is_what_its_papers_say(shape, exact_svd):
     matrices, gradients = rng.normal(size=(2, *shape)), rng.normal(size=(5, 2, *shape))
     stack, velocity = torch.from_numpy(matrices).float(), torch.zeros(2, *shape)
     variance = torch.zeros((2, shape[0], 1) if shape[0] >= shape[1] else (2, 1, shape[1]))
-    numbers = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "beta2": 0.95}
+    settings = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "beta2": 0.95}
     for g in gradients:
-        train.muon_update(stack, torch.from_numpy(g).float(), velocity, variance, numbers, torch.float32)
+        train.muon_update(stack, torch.from_numpy(g).float(), velocity, variance, settings, torch.float32)
     lr = 0.02 * max(1, shape[0] / shape[1]) ** 0.5
     for i in range(2):
         expected = muon_by_hand(matrices[i], gradients[:, i], lr, 0.9, 0.1, 0.95)
@@ -184,7 +184,7 @@ def test_a_step_of_the_optimizer_updates_every_matrix_of_a_shape_as_muon_does(nu
     params = [torch.nn.Parameter(before[:2].clone()), torch.nn.Parameter(before[2].clone())]  # two in a stack, and one
     muon = {"lr": 0.02, "momentum": 0.9, "beta2": 0.95, "weight_decay": 0.1}
     optimizer = train.MuonAdamW([{"kind": "muon", "params": params, **muon}], False, torch.float32)
-    optimizer.number = number
+    optimizer.scalar = number
     for step in gradients:
         params[0].grad, params[1].grad = torch.from_numpy(step[:2]).float(), torch.from_numpy(step[2]).float()
         optimizer.step()
@@ -199,12 +199,12 @@ def test_adamw_is_that_of_pytorch():
     theirs.data.copy_(ours)
     reference = torch.optim.AdamW([theirs], lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
     mean, square = torch.zeros_like(ours), torch.zeros_like(ours)
-    numbers = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.1}
+    settings = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.1}
     for step in range(1, 30):
         g = torch.randn(40, 8)
         theirs.grad = g.clone()
         reference.step()
-        train.adamw_update(ours, g, mean, square, step, numbers)
+        train.adamw_update(ours, g, mean, square, step, settings)
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -316,8 +316,9 @@ def test_settings_that_can_not_work_are_named(monkeypatch, knob, value, message)
         train.check_knobs(256)
 
 
-def attention_of_a_window(q, k, v, window):
+def attention_of_a_window(q, k, v, window=0, causal=True, window_size=(0, 0)):
     """Each query against exactly `window` keys and no more, those before the row's first being zeros."""
+    window = window or window_size[0]
     keys, values = (F.pad(x, (0, 0, 0, 0, window - 1, 0)).unfold(1, window, 1) for x in (k, v))  # (B, T, H, D, window)
     scores = q.unsqueeze(-2) @ keys
     return (scores.softmax(-1) @ values.mT).squeeze(-2)
@@ -349,6 +350,7 @@ def test_the_published_figures_give_the_published_mfu():
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA A100-PCIE-40GB", 312),
         ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", 0),
+        ("GRID A100-10C", 0),
         ("NVIDIA H100 80GB HBM3", 989.5),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H100 NVL", 835.5),
@@ -371,7 +373,9 @@ def test_the_published_figures_give_the_published_mfu():
         ("NVIDIA RTX 6000 Ada Generation", 364.2),
         ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8),
         ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 438.9),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 0),
         ("AMD Instinct MI250X", 191.5),
+        ("AMD Instinct MI250X/MI250", 0),
         ("AMD Instinct MI300X", 1307.4),
     ],
 )
@@ -398,6 +402,18 @@ def test_a_compiled_model_learns_on_a_gpu(tokenizer):
 def reference_loss(x, weight, targets):
     logits = x.double() @ weight.double().T
     return F.cross_entropy(15 * torch.tanh(logits / 15), targets)
+
+
+def test_the_loss_in_bf16_has_gradients_as_good_as_bf16_allows(monkeypatch):
+    monkeypatch.setattr(train, "HEAD_CHUNK", 64)
+    torch.manual_seed(0)
+    x, weight = (torch.randn(*shape).bfloat16().requires_grad_() for shape in ((4096, 16), (50, 16)))
+    targets = torch.randint(50, (4096,))
+    seen, expected = train.CappedCrossEntropy.apply(x, weight, targets), reference_loss(x, weight, targets)
+    assert seen.item() == pytest.approx(expected.item(), rel=1e-3)
+    ours, theirs = (torch.autograd.grad(loss, (x, weight)) for loss in (seen, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.float() - b.float()).norm() <= 0.005 * b.float().norm()
 
 
 @pytest.mark.parametrize("tokens", [64, 100, 7])  # in chunks of 32: whole ones, a rest, less than one
@@ -478,8 +494,37 @@ def test_a_mistake_in_the_model_ends_the_run_with_its_own_error(tokenizer, monke
         fit(tokenizer, monkeypatch, RuntimeError("mat1 and mat2 shapes cannot be multiplied"), rows=0)
 
 
-@pytest.mark.parametrize(("backend", "tried"), [("flash3", ["flex", "sdpa"]), ("matmul", [])])
-def test_what_does_not_compile_is_done_another_way(tokenizer, monkeypatch, capsys, backend, tried):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_mistake_in_the_optimizer_is_not_taken_for_one_of_the_compiler(tokenizer, monkeypatch, capsys, compiled):
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    monkeypatch.setattr(train, "adamw_update", lambda *arguments: {}["beta3"])
+    with pytest.raises(KeyError, match="beta3"):
+        fit(tokenizer, monkeypatch, None, rows=16, compiled=compiled)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("knob", ["WEIGHT_DECAY", "MATRIX_LR", "SCALAR_LR", "MUON_BETA2", "ADAM_EPS"])
+def test_a_knob_may_be_a_whole_number(monkeypatch, knob):
+    monkeypatch.setattr(train, knob, 0 if knob in ("WEIGHT_DECAY", "MUON_BETA2") else 1)
+    model = small_model()
+    ids = random_ids(model)
+    train.train_step(model, train.build_optimizer(model, compiled=False), [(ids, ids)])
+
+
+@pytest.mark.parametrize(("total", "micro_batches"), [(16, 1), (64, 2)])
+def test_the_warm_up_adds_to_gradients_as_training_will(tokenizer, monkeypatch, total, micro_batches):
+    seen, train_step = [], train.train_step
+    monkeypatch.setattr(
+        train, "train_step", lambda *arguments: seen.append(len(arguments[2])) or train_step(*arguments)
+    )
+    fit(tokenizer, monkeypatch, None, rows=16, total=total)
+    assert seen == [micro_batches] * 2
+
+
+@pytest.mark.parametrize(
+    ("backend", "forced", "tried"), [("flash3", None, ["flex", "sdpa"]), ("flash3", "flash3", []), ("matmul", None, [])]
+)
+def test_what_does_not_compile_is_done_another_way(tokenizer, monkeypatch, capsys, backend, forced, tried):
     """Every compiled call fails, as when a compiler is broken."""
     seen = []
 
@@ -491,10 +536,12 @@ def test_what_does_not_compile_is_done_another_way(tokenizer, monkeypatch, capsy
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(train, "FORCED_BACKEND", forced)
+    monkeypatch.setattr(train, "flash_attention", lambda: attention_of_a_window)
     monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 16)
     monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 16 * tokenizer.corpus.seq_len)
     model = small_model(tokenizer.get_vocab_size(), tokenizer.corpus.seq_len, depth=2)
-    model.attention.backend = backend
+    model.attention = train.Attention(backend, tokenizer.corpus.seq_len, set(model.config.windows), CPU)
     forward, _, rows = train.fit(prepare.Run(tokenizer.corpus, tokenizer, CPU, 42), model, compiled=True)
     assert (forward, rows, seen) == (model, 16, [backend, *tried])
     lines = capsys.readouterr().out.splitlines()
