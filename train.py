@@ -408,12 +408,10 @@ class MuonAdamW(torch.optim.Optimizer):
                     self.state[p] = {"mean": torch.zeros_like(p, dtype=torch.float32)}
                     self.state[p]["square"] = torch.zeros_like(p, dtype=torch.float32)
             else:
-                first = group["params"][0]
-                n, rows, cols = stacked(group["params"]).shape
-                self.state[first] = {
-                    "velocity": first.new_zeros(n, rows, cols),
-                    "variance": first.new_zeros((n, rows, 1) if rows >= cols else (n, 1, cols)),
-                }
+                velocity = torch.zeros_like(stacked(group["params"]))
+                n, rows, cols = velocity.shape
+                variance = velocity.new_zeros((n, rows, 1) if rows >= cols else (n, 1, cols))
+                self.state[group["params"][0]] = {"velocity": velocity, "variance": variance}
 
     def tensors(self) -> list[Tensor]:
         """Everything that a step changes besides the parameters."""
@@ -556,34 +554,31 @@ def warm_up(model: GPT, optimizer: MuonAdamW, step: Callable[[], Tensor]) -> Non
 
 def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int]:
     """Warm up, with less memory or another way where need be; return the model to call, its optimizer, and the rows."""
-    rows, length, attention = DEVICE_BATCH_SIZE, run.corpus.seq_len, model.attention
+    rows, length = DEVICE_BATCH_SIZE, run.corpus.seq_len
     while True:
         optimizer = build_optimizer(model, compiled and run.device.type == "cuda")
         options = {"cpp.vec_isa_ok": True}  # else it tries out what the CPU's flags say, for 6 s of every run
         forward = torch.compile(model, dynamic=False, options=options) if compiled else model
         batch = next(make_dataloader(run.tokenizer, rows, length, "train", run.seed))[:2]
         batches = [batch] * min(2, TOTAL_BATCH_SIZE // (rows * length))  # the second comes on top of gradients
-        run.status = f"warm-up{' and compile' * compiled}, micro-batches of {rows} rows, attention {attention.backend}"
+        tried = model.attention.backend
+        run.status = f"warm-up{' and compile' * compiled}, micro-batches of {rows} rows, attention {tried}"
         try:
             warm_up(model, optimizer, partial(train_step, forward, optimizer, batches))
             return forward, optimizer, rows
         except Exception as error:
-            words = (
-                "out of memory",
-                "ALLOC_FAILED",
-                "can't allocate memory",
-            )  # of CUDA, cuBLAS, the CPU, wrapped or not
+            words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # of CUDA, cuBLAS, the CPU, also wrapped
             out_of_memory = isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
             if out_of_memory and rows > 1:
                 rows = next(r for r in range(rows // 2, 0, -1) if TOTAL_BATCH_SIZE % (r * length) == 0)
                 change = f"out of memory: micro-batches of {rows} rows instead"
             elif compiled and isinstance(error, RuntimeError | OSError):  # others are mistakes in this file
                 others = {} if FORCED_BACKEND else {"flash3": "flex", "flex": "sdpa"}
-                backend = others.get(attention.backend, attention.backend)
-                compiled = backend != attention.backend
+                backend = others.get(tried, tried)
+                compiled = backend != tried
                 change = f"attention {backend} instead" if compiled else "not compiled after all"
                 change = f"{in_a_line(error)}: {change}"
-                model.attention = attention = Attention(backend, length, set(model.config.windows), run.device)
+                model.attention = Attention(backend, length, set(model.config.windows), run.device)
             else:
                 raise
         del forward, optimizer, batch, batches
@@ -613,7 +608,8 @@ def train(run: Run) -> None:
     print(f"precision: {str(dtype)[6:]}, {'compiled' if compiled else 'not compiled'} ({why})")
     print(f"attention: {backend} ({attention_why})")
     print(f"model: {config.depth} blocks of width {config.width}, {num_params / 1e6:.1f}M parameters", flush=True)
-    print("mfu_percent: will be 0.00, the peak of this device is not known\n" * (not peak), end="", flush=True)
+    if not peak:
+        print("mfu_percent: will be 0.00, the peak of this device is not known", flush=True)
     forward, optimizer, rows = fit(run, model, compiled)
     micro_batches = TOTAL_BATCH_SIZE // (rows * length)
     print(f"step: {TOTAL_BATCH_SIZE} tokens in {micro_batches} micro-batches of {rows} rows of {length}", flush=True)

@@ -130,7 +130,7 @@ def main() -> None:
                 print(
                     f"seed {arguments.seed + turn}, {name}: {1e3 * median:.1f} ms a step, "
                     f"{result['tokens'] / median:.0f} tokens a second, {result['rows']} rows a micro-batch, "
-                    f"peak {result['peak']:.0f} MiB, loss {losses[name][-1]:.4f}",
+                    f"MFU {result['mfu']:.2f} %, peak {result['peak']:.0f} MiB, loss {losses[name][-1]:.4f}",
                     flush=True,
                 )
         if len(versions) == 2:

@@ -242,7 +242,7 @@ def batches_of(tokenizer, length, steps, rows=16):
     return taken
 
 
-def train_small(tokenizer, without=None, steps=60):
+def train_small(tokenizer, without=None, steps=90):
     """Loss on the last ten of `steps` batches of real text; groups of kind `without` are left untrained."""
     model = small_model(tokenizer.get_vocab_size(), length=128, depth=2)
     optimizer = train.build_optimizer(model, compiled=False)
@@ -265,7 +265,7 @@ def unigram_entropy(tokenizer):
 def test_a_tiny_model_learns_what_a_broken_optimizer_would_not(tokenizer):
     learned = train_small(tokenizer)
     assert learned < unigram_entropy(tokenizer) - 1.0
-    assert train_small(tokenizer, without="muon") > learned + 0.05
+    assert train_small(tokenizer, without="muon") > learned + 0.1
     assert train_small(tokenizer, without="adamw") > learned + 0.5
 
 
