@@ -3,7 +3,8 @@
 uv run prepare.py                      prepare the default corpus: climbmix with CUDA, python without
 uv run prepare.py --corpus FOLDER      prepare your own text
 uv run prepare.py check                verify everything on disk, print the harness fingerprint
-uv run prepare.py log keep "what"      write the last run into results.tsv and commit that file
+uv run prepare.py log                  print what was logged on this branch, and whether the last run has a row
+uv run prepare.py log keep "what"      write the last run into results.tsv and commit that file; or discard, crash
 """
 
 import argparse
@@ -25,6 +26,7 @@ import resource
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -1119,15 +1121,17 @@ def training_run(description: str | None) -> Iterator[Run]:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(arguments.seed)
         record = {"id": f"{time.time_ns()}-{os.getpid()}", "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        record |= {"repository": str(ROOT), "commit": git("rev-parse", "HEAD"), "train_source": source}
+        record |= {"repository": str(ROOT), "commit": git("rev-parse", "HEAD"), "prepare_sha256": SOURCE_SHA256}
         digests = {"train_sha256": hashlib.sha256(source.encode()).hexdigest(), "harness": harness_fingerprint(corpus)}
         record |= digests | {"train_committed": git("show", "HEAD:./train.py") == source.strip()}
         record |= {"command": sys.argv, "seed": arguments.seed, "device": name}
         if past := [run for run in read_lines("runs.jsonl") if run.items() >= digests.items()]:
             seen = (f"seed {run['seed']} {run.get('val_bpb', run['status'])} on {run['device']}" for run in past[-3:])
-            print(f"this text of train.py was run already, {len(past)} times: {', '.join(seen)}", flush=True)
+            times = "once" if len(past) == 1 else f"{len(past)} times"
+            print(f"this text of train.py was run already, {times}: {', '.join(seen)}", flush=True)
         run = Run(corpus, Tokenizer(corpus), device, arguments.seed)
-        write(running, json.dumps(record | {"status": "killed"}))  # what remains if the run ends without a word
+        text = {"train_source": source}  # last in its line: who reads the file sees the figures first
+        write(running, json.dumps(record | {"status": "killed"} | text))  # what remains if the run ends without a word
         try:
             with time_limited(running), status_line(lambda: run.status):
                 yield run
@@ -1148,7 +1152,7 @@ def training_run(description: str | None) -> Iterator[Run]:
                 record["train_edited"] = (
                     not (path := ROOT / "train.py").exists() or path.read_bytes() != source.encode()
                 )
-                write(running, json.dumps(record))
+                write(running, json.dumps(record | text))
                 record_ended_run(running)
             except OSError as error:  # the figures below are still worth having
                 print(f"the record could not be written to {cache_root()}: {error}", flush=True)
@@ -1188,30 +1192,35 @@ def comparable_runs(record: dict) -> list[dict]:
 
 
 def comparison(record: dict) -> dict[str, str]:
-    """Summary lines: the noise between seeds of one train.py, and how far this run is from the best kept one."""
-    texts, lines, ledger = {}, {}, ROOT / "results.tsv"
-    ledger = ledger.read_text().splitlines() if ledger.exists() else []
-    for run in (runs := comparable_runs(record)):
+    """Summary lines: the noise between seeds of one train.py, and how far this one is from the best kept.
+
+    Both are means over seeds: the noise of their difference is noise * sqrt(1 / seeds + 1 / seeds of the best).
+    """
+    texts, lines = {}, {}
+    for run in comparable_runs(record):
         texts.setdefault(run["train_sha256"], {})[run["seed"]] = run["val_bpb"]
     several = [list(seeds.values()) for seeds in texts.values() if len(seeds) > 1]
+    noise = math.sqrt(sum(np.var(f) * len(f) for f in several) / sum(len(f) - 1 for f in several)) if several else 0
     if several:
-        noise = math.sqrt(sum(np.var(f) * len(f) for f in several) / sum(len(f) - 1 for f in several))
         lines["noise"] = f"{noise:.6f} (pooled standard deviation, {sum(map(len, several))} runs with several seeds)"
-    rows = {row["id"]: row.get("row") for row in read_lines("ledger.jsonl")}
-    kept = [run for run in runs if (row := rows.get(run["id"])) in ledger and "\tkeep\t" in row]
-    if kept:
-        best = min(kept, key=lambda run: run["val_bpb"])
-        difference = record["val_bpb"] - best["val_bpb"]
-        lines["best_kept"] = f"{best['val_bpb']:.6f} ({best['commit'][:7]})"
-        lines["difference"] = f"{difference:+.6f}" + (
-            f" ({difference / noise:+.1f} x noise)" if several and noise else ""
-        )
+    means = {text: statistics.fmean(seeds.values()) for text, seeds in texts.items()}
+    kept = [row for row in logged(git("branch", "--show-current")) if row["status"] == "keep"]
+    if kept := [row for row in kept if row["train_sha256"] in means]:
+        best, this = min(kept, key=lambda row: means[row["train_sha256"]]), record["train_sha256"]
+        seeds, seeds_best = len(texts[this]), len(texts[best["train_sha256"]])
+        difference = means[this] - means[best["train_sha256"]]
+        scale = noise * math.sqrt(1 / seeds + 1 / seeds_best)
+        lines["best_kept"] = f"{means[best['train_sha256']]:.6f} ({best['commit'][:7]}, seeds: {seeds_best})"
+        if this != best["train_sha256"]:
+            times = f"{difference / scale:+.1f} x its noise, " if scale else ""
+            lines["difference"] = f"{difference:+.6f} ({times}seeds: {seeds})"
     return lines
 
 
-def git(*arguments: str) -> str:
-    """Output of a git command in this repository, empty if it fails or there is no git."""
-    result = subprocess.run(["env", "git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+def git(*arguments: str, text: str | None = None) -> str:
+    """Output of a git command in this repository that is given a text; empty if it fails or there is no git."""
+    command = ["env", "git", "-C", str(ROOT), *arguments]
+    result = subprocess.run(command, input=text, capture_output=True, text=True)
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
@@ -1228,6 +1237,9 @@ def append_line(name: str, record: dict) -> None:
 # Ledger ---------------------------------------------------------------------------------------------------------------
 
 
+LEDGER_HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
+
+
 def read_lines(name: str) -> list[dict]:
     """Read the JSON lines of a file in the cache folder, one for each id, without those that were cut short."""
     path, lines = cache_root() / name, {}
@@ -1238,30 +1250,163 @@ def read_lines(name: str) -> list[dict]:
     return list(lines.values())
 
 
+def logged(branch: str) -> list[dict]:
+    """What was logged on a branch of this repository."""
+    rows = [row for row in read_lines("ledger.jsonl") if row["repository"] == str(ROOT)]
+    return [row for row in rows if row.get("branch") == branch]
+
+
+def ledger_of(branch: str) -> tuple[str, str, list[str]]:
+    """Where a branch began, where its last logged row left it, and the rows of its results.tsv there.
+
+    The second is a ref of its own, which no reset moves; a clone that lacks it has the last commit of results.tsv.
+    """
+    names = ("main", "master", "origin/main", "origin/master")
+    base = next(filter(None, (git("merge-base", "HEAD", name) for name in names)), git("rev-parse", "HEAD"))
+    last = git("rev-parse", "-q", "--verify", f"refs/{branch}/ledger")
+    last = last or git("log", "-1", "--format=%H", f"{base}..HEAD", "--", "results.tsv")
+    return base, last or base, git("show", f"{last}:./results.tsv").splitlines()[1:] if last else []
+
+
+def write_ledger(branch: str) -> None:
+    """Bring results.tsv to what was logged, commit it, and have git keep that commit and each row's under refs/."""
+    rows, entries = ledger_of(branch)[2], logged(branch)
+    lines = [entry["row"] for entry in entries]
+    write(ROOT / "results.tsv", "\n".join(dict.fromkeys([LEDGER_HEADER, *rows, *lines])))
+    if git("show", "HEAD:./results.tsv") != (ROOT / "results.tsv").read_text().strip():
+        _, _, _, status, description = lines[-1].split("\t")
+        message = f"log {status}: {description}"
+        command = ["git", "-C", str(ROOT), "commit", "-q", "--no-verify", "-m", message, "--", "results.tsv"]
+        if subprocess.run(command).returncode:
+            advice = "The row is safe: when that is mended, the same command again commits it"
+            raise SystemExit(f"git could not commit results.tsv (see above). {advice}")
+    for entry in entries:
+        git("update-ref", f"refs/{branch}/{entry['commit'][:7]}", entry["commit"])
+    git("update-ref", f"refs/{branch}/ledger", "HEAD")
+
+
+def commit_of(run: dict) -> str:
+    """The commit of the train.py that a run was of; one is made where there was none."""
+    if run["train_committed"]:
+        return run["commit"]
+    blob = git("hash-object", "-w", "--stdin", text=run["train_source"])
+    tree = re.sub(r"\w+(?=\ttrain\.py$)", blob, git("ls-tree", run["commit"]), flags=re.MULTILINE)
+    return git("commit-tree", git("mktree", text=tree), "-p", run["commit"], "-m", "train.py as it was run uncommitted")
+
+
 def log(status: str, description: str) -> None:
-    """Append the last run to results.tsv and commit that file alone. Raises SystemExit with what to do if it can't."""
+    """Log the last run: a row of results.tsv, committed alone. Raises SystemExit with what to do if it can't.
+
+    The row is in ledger.jsonl before it is in git: a call that was cut short is completed by the next.
+    """
+    branch = experiment_branch()
+    with locked(cache_root() / "ledger.lock", "it writes a ledger", wait=True):
+        run = last_run()
+        if row := row_of(run, branch):
+            write_ledger(branch)
+            seen = f"nothing to log: the last run has its row, {row!r}"
+            raise SystemExit(f'{seen}. Next: edit train.py, `git commit -am "<idea>"`, `uv run train.py`')
+        refuse_row(run, status, branch)
+        commit = git("rev-parse", "HEAD") if status == "keep" else commit_of(run)
+        bpb, memory = (0.0, 0.0)
+        if status != "crash":
+            shown = next((other for other in seeds_of(run) if other["seed"] == SEED), run)
+            bpb, memory = shown["val_bpb"], shown["peak_vram_mb"] / 1024
+        row = f"{commit[:7]}\t{bpb:.6f}\t{memory:.1f}\t{status}\t{description}"
+        entry = {"id": f"{branch} {run['id']}", "run": run["id"], "repository": str(ROOT), "branch": branch}
+        entry |= {"commit": commit, "train_sha256": run["train_sha256"], "status": status, "row": row}
+        append_line("ledger.jsonl", entry)
+        write_ledger(branch)
+        print(row)
+
+
+def show_ledger() -> None:
+    """Print the last rows of this branch, and whether the last run has one: where the loop stands."""
+    branch = experiment_branch()
+    run, rows = last_run(), [*ledger_of(branch)[2], *(entry["row"] for entry in logged(branch))]
+    seen = {"last run": f"{run['status']}, seed {run['seed']}, of {run['commit'][:7]}, begun {run['time']}"}
+    if run["status"] == "finished":
+        seen |= {"val_bpb": f"{run['val_bpb']:.6f}"} | comparison(run)
+    seen["its row"] = row_of(run, branch) or "none yet: log it, or run what else it needs"
+    print(LEDGER_HEADER, *list(dict.fromkeys(rows))[-20:], "---", sep="\n")
+    print(*(f"{name + ':':<18}{value}" for name, value in seen.items()), sep="\n")
+
+
+def experiment_branch() -> str:
+    """The branch that is checked out. Raises SystemExit if it is not one for experiments."""
+    if (branch := git("branch", "--show-current")).startswith("autoresearch/"):
+        return branch
+    seen = f"on {branch}" if branch else "outside of a git branch"
+    raise SystemExit(f"{seen} nothing is logged, but on a branch of its own: `git checkout -b autoresearch/<tag>`")
+
+
+def row_of(run: dict, branch: str) -> str | None:
+    """The row of a run, or of its train.py where that was kept: more seeds of it get no other."""
+    same = (
+        row["row"]
+        for row in logged(branch)
+        if row["run"] == run["id"] or (row["status"] == "keep" and row["train_sha256"] == run["train_sha256"])
+    )
+    return next(same, None)
+
+
+def last_run() -> dict:
+    """The record of this repository's last run. Raises SystemExit if there is none, or it goes on."""
     for running in cache_root().glob("running-*.json"):
         with contextlib.suppress(SystemExit), locked(Path(DEVICE_LOCK % running.stem[8:]), "", wait=False):
             record_ended_run(running)  # of a run that ended without a word
+        if running.exists() and json.loads(running.read_text().splitlines()[0])["repository"] == str(ROOT):
+            raise SystemExit("a run of this repository is still going on: log it when it has printed its summary")
     runs = [run for run in read_lines("runs.jsonl") if run["repository"] == str(ROOT)]
-    description = " ".join(description.split())
-    if not runs or runs[-1]["id"] in (row["id"] for row in read_lines("ledger.jsonl")):
-        raise SystemExit("nothing to log: every run of this repository is logged. The next one: `uv run train.py`")
-    run, finished = runs[-1], runs[-1]["status"] == "finished"
-    if status == "keep" and not (finished and run["train_committed"] and run["commit"] == git("rev-parse", "HEAD")):
-        raise SystemExit("the last run did not finish, or was not of HEAD as committed: only then it can be kept")
-    if status == "discard" and not finished:
-        raise SystemExit(f'the last run has no figure (its status: {run["status"]}): `uv run prepare.py log crash "…"`')
-    bpb, memory = (run["val_bpb"], run["peak_vram_mb"] / 1024) if finished and status != "crash" else (0.0, 0.0)
-    row = f"{run['commit'][:7]}\t{bpb:.6f}\t{memory:.1f}\t{status}\t{description}"
-    before = (ledger := ROOT / "results.tsv").read_text()
-    write(ledger, before.rstrip("\n") + f"\n{row}")
-    commit = ["git", "-C", str(ROOT), "commit", "-q", "-m", f"log {status}: {description}", "--", "results.tsv"]
-    if subprocess.run(commit).returncode:
-        ledger.write_text(before)
-        raise SystemExit("git could not commit results.tsv (see above): nothing was logged")
-    append_line("ledger.jsonl", {"id": run["id"], "repository": str(ROOT), "row": row})
-    print(row)
+    if not runs:
+        raise SystemExit("nothing to log: no run of this repository is on record. The first one: `uv run train.py`")
+    return runs[-1]
+
+
+def seeds_of(run: dict) -> list[dict]:
+    """The finished runs that compare with a run and have its train.py, the newest first."""
+    return [other for other in comparable_runs(run)[::-1] if other["train_sha256"] == run["train_sha256"]]
+
+
+def refuse_row(run: dict, status: str, branch: str) -> None:
+    """Raise SystemExit, with what to do, if a run can't have a row of this status in the ledger of the branch."""
+    base, last, rows = ledger_of(branch)
+    if missing := [entry for entry in logged(branch) if entry["row"] not in rows and entry["status"] == "keep"]:
+        last = missing[-1]["commit"]
+    finished, others = run["status"] == "finished", ("--", ".", ":!results.tsv")
+    if status == "crash" and finished:
+        raise SystemExit(f"the last run finished, with val_bpb {run['val_bpb']:.6f}: log keep or log discard")
+    if status != "crash" and not finished:
+        raise SystemExit(
+            f'the last run has no val_bpb (its status: {run["status"]}): `uv run prepare.py log crash "…"`'
+        )
+    if status != "keep" and git("diff", "--name-only", last, "HEAD", *others):
+        seen = git("log", "-1", "--format=%h %s", "HEAD", *others)
+        advice = f"take the experiment out of the branch, `git reset --hard {last[:7]}`, and log again"
+        raise SystemExit(f"the branch ends in {seen!r}, which is not what was kept last: {advice}")
+    changed = git("diff", "--name-only", base, *others, ":!train.py").splitlines()
+    if changed:
+        advice = (
+            f"`git restore -s {base[:7]} -SW {' '.join(changed)}`, `git commit -a --amend --no-edit`, and log again"
+        )
+        raise SystemExit(f"only train.py may change; since the branch began {', '.join(changed)} did: {advice}")
+    if modules := git("ls-files", "--others", "--exclude-standard", "--", "*.py").splitlines():
+        raise SystemExit(f"{', '.join(modules)}: no commit has it, so the run can't be repeated. Move it into train.py")
+    if run.get("prepare_sha256") != SOURCE_SHA256:
+        raise SystemExit(
+            "the last run was judged by another prepare.py: its figure does not compare. `uv run train.py`"
+        )
+    if status == "keep":
+        if git("show", "HEAD:./train.py") != run["train_source"].strip():
+            if (ROOT / "train.py").read_text() == run["train_source"]:
+                advice = 'is not committed: `git commit -am "<idea>"`, and log again'
+            else:
+                advice = (
+                    f"is not that of HEAD. Its commit is {commit_of(run)[:7]}: `git reset --hard {commit_of(run)[:7]}`"
+                )
+            raise SystemExit(f"the train.py of the last run {advice}")
+        if not any(other["seed"] == SEED for other in seeds_of(run)):
+            raise SystemExit(f"a row needs the run with seed {SEED}, by which all are compared: `uv run train.py`")
 
 
 # Commands -------------------------------------------------------------------------------------------------------------
@@ -1295,11 +1440,14 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_corpus_arguments(parser)
-    usage = 'nothing to prepare, check, or log keep|discard|crash "what was tried"'
+    usage = 'nothing to prepare, check, log, or log keep|discard|crash "what was tried"'
     parser.add_argument("command", nargs="*", help=usage)
     arguments = parser.parse_args()
-    if len(words := arguments.command) == 3 and words[0] == "log" and words[1] in ("keep", "discard", "crash"):
-        return log(words[1], words[2])
+    words, what = arguments.command, " ".join(" ".join(arguments.command[2:]).split())
+    if words[:1] == ["log"] and words[1:2] in (["keep"], ["discard"], ["crash"]) and what:
+        return log(words[1], what)
+    if words == ["log"]:
+        return show_ledger()
     if words not in ([], ["check"]):
         parser.error(f"{' '.join(words)}: expected {usage}")
     corpus, why = choose_corpus(arguments.corpus, arguments.shards)
