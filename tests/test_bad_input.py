@@ -99,8 +99,9 @@ def test_help_shows_every_command(command):
 def test_a_cache_folder_that_can_not_be_written_is_said(command, tmp_path, text_folder, where):
     (tmp_path / "file").touch()
     cache = {"a file": tmp_path / "file" / "cache", "a place of the kernel's": "/proc/autoresearch"}[where]
-    for script in ("prepare.py", "train.py"):
-        result = command(script, "--corpus", text_folder, AUTORESEARCH_CACHE=cache)
+    own_lock = "prepare.DEVICE_LOCK = os.environ['LOCKS'] + '/%s.lock'"
+    for script in (["prepare.py"], ["-c", f"import os, prepare; {own_lock}; import train; train.main()"]):
+        result = command(*script, "--corpus", text_folder, AUTORESEARCH_CACHE=cache, LOCKS=tmp_path)
         assert result.returncode == 1
         assert "can't write to" in result.stdout
         assert "set AUTORESEARCH_CACHE to a folder that can be written" in result.stdout
