@@ -1377,32 +1377,25 @@ def refuse_row(run: dict, status: str, branch: str) -> None:
     if status == "crash" and finished:
         raise SystemExit(f"the last run finished, with val_bpb {run['val_bpb']:.6f}: log keep or log discard")
     if status != "crash" and not finished:
-        raise SystemExit(
-            f'the last run has no val_bpb (its status: {run["status"]}): `uv run prepare.py log crash "…"`'
-        )
+        raise SystemExit(f'the last run has no val_bpb ({run["status"]}): `uv run prepare.py log crash "…"`')
     if status != "keep" and git("diff", "--name-only", last, "HEAD", *others):
         seen = git("log", "-1", "--format=%h %s", "HEAD", *others)
-        advice = f"take the experiment out of the branch, `git reset --hard {last[:7]}`, and log again"
-        raise SystemExit(f"the branch ends in {seen!r}, which is not what was kept last: {advice}")
-    changed = git("diff", "--name-only", base, *others, ":!train.py").splitlines()
-    if changed:
-        advice = (
-            f"`git restore -s {base[:7]} -SW {' '.join(changed)}`, `git commit -a --amend --no-edit`, and log again"
-        )
-        raise SystemExit(f"only train.py may change; since the branch began {', '.join(changed)} did: {advice}")
+        advice = f"`git reset --hard {last[:7]}` takes it there. Then log again"
+        raise SystemExit(f"the branch ends in {seen!r}, not in what was kept last: {advice}")
+    if changed := git("diff", "--name-only", base, *others, ":!train.py").splitlines():
+        undo = f"`git restore -s {base[:7]} -SW {shlex.join(changed)}`, `git commit -a --amend --no-edit`"
+        raise SystemExit(f"only train.py may change, but {', '.join(changed)} did, too: {undo}, and log again")
     if modules := git("ls-files", "--others", "--exclude-standard", "--", "*.py").splitlines():
         raise SystemExit(f"{', '.join(modules)}: no commit has it, so the run can't be repeated. Move it into train.py")
     if run.get("prepare_sha256") != SOURCE_SHA256:
-        raise SystemExit(
-            "the last run was judged by another prepare.py: its figure does not compare. `uv run train.py`"
-        )
+        raise SystemExit("the last run was judged by another prepare.py and does not compare: `uv run train.py`")
     if status == "keep":
         if git("show", "HEAD:./train.py") != run["train_source"].strip():
             if (ROOT / "train.py").read_text() == run["train_source"]:
                 advice = 'is not committed: `git commit -am "<idea>"`, and log again'
             else:
                 advice = (
-                    f"is not that of HEAD. Its commit is {commit_of(run)[:7]}: `git reset --hard {commit_of(run)[:7]}`"
+                    f"is not that of HEAD, but of its commit: `git reset --hard {commit_of(run)[:7]}`, and log again"
                 )
             raise SystemExit(f"the train.py of the last run {advice}")
         if not any(other["seed"] == SEED for other in seeds_of(run)):

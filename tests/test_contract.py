@@ -372,7 +372,7 @@ def test_a_commit_that_touches_prepare_py_is_not_logged_until_that_is_undone_and
     night.do(documented(COMMIT))
     night.do(RUN)
     seen = night.carry_on(documented(KEEP))
-    assert "only train.py may change; since the branch began prepare.py did" in seen
+    assert "only train.py may change, but prepare.py did, too: `git restore -s" in seen
     assert "judged by another prepare.py" in seen
     night.verify()
     assert night.runs()[-2:] == [("finished", 42)] * 2
@@ -393,7 +393,7 @@ def test_files_that_only_the_working_tree_has_are_no_part_of_an_experiment(night
 def test_a_forgotten_reset_is_asked_for(night):
     night.back_to("worse run")
     seen = night.carry_on(documented(DISCARD))
-    assert "take the experiment out of the branch, `git reset --hard" in seen
+    assert "not in what was kept last: `git reset --hard" in seen
     night.verify()
     assert night.rows[-1].split("\t")[3] == "discard"
 
@@ -425,9 +425,9 @@ def test_a_repeated_log_writes_nothing(night, command):
     ("point", "command", "says"),
     [
         ("better run", CRASH, "the last run finished, with val_bpb"),
-        ("crash reset", KEEP, "has no val_bpb (its status: crash): `uv run prepare.py log crash"),
-        ("time-out reset", DISCARD, "has no val_bpb (its status: timeout): `uv run prepare.py log crash"),
-        ("worse reset", KEEP, "is not that of HEAD. Its commit is"),
+        ("crash reset", KEEP, "has no val_bpb (crash): `uv run prepare.py log crash"),
+        ("time-out reset", DISCARD, "has no val_bpb (timeout): `uv run prepare.py log crash"),
+        ("worse reset", KEEP, "is not that of HEAD, but of its commit: `git reset --hard"),
         ("seeds run", KEEP, "nothing to log: the last run has its row"),
     ],
 )
