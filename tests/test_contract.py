@@ -70,8 +70,8 @@ for line in sys.stdin:
 
 
 def documented(start):
-    """The commands of program.md that begin so."""
-    return next(command for command in DOCUMENTED if command.startswith(start))
+    """The command of program.md that begins so."""
+    return start if start in DOCUMENTED else next(command for command in DOCUMENTED if command.startswith(start))
 
 
 class Night:
@@ -79,6 +79,7 @@ class Night:
 
     def __init__(self, path, folder):
         self.path, self.clone, self.rows, self.points, self.executed = path, path / "clone", [], {}, set()
+        self.edits = 0
         locks = {"AUTORESEARCH_CACHE": path / "cache", "AUTORESEARCH_CORPUS": folder, "TORCHDYNAMO_DISABLE": 1}
         uv = {"UV_PROJECT_ENVIRONMENT": sys.prefix, "UV_NO_SYNC": 1}
         self.environ = environ(**locks, **uv)
@@ -149,8 +150,8 @@ class Night:
 
     def edit(self, text="# an idea"):
         """Change train.py, as no edit before did."""
-        with (self.clone / "train.py").open("a") as file:
-            file.write(f"{text}  # {len(self.points)}, {self.path.stat().st_mtime_ns}\n")
+        self.edits += 1
+        self.replace("train.py", "\nif __name__ ==", f"{text}  # edit {self.edits}\n\nif __name__ ==")
 
     def runs(self):
         lines = (self.path / "cache" / "runs.jsonl").read_text().splitlines()
@@ -183,14 +184,16 @@ class Night:
 RUN, SEEDS = "uv run train.py", ("uv run train.py --seed 43", "uv run train.py --seed 44")
 COMMIT, RESET = "git commit -am", "git reset --hard HEAD~1"
 KEEP, DISCARD, CRASH = (f"uv run prepare.py log {status}" for status in ("keep", "discard", "crash"))
-WRONG = "\nraise_in_step, GPT.forward = GPT.forward, lambda *_: 1 / 0"
-HANG = "\nGPT.forward = lambda *_: __import__('time').sleep(600)"
+WRONG = "GPT.forward = lambda *_: 1 / 0"
+HANG = "GPT.forward = lambda *_: __import__('time').sleep(600)"
 
 
 @pytest.fixture(scope="module")
 def whole_night(tmp_path_factory, folder):
     """The whole contract, each command as it stands in program.md, through uv."""
-    night = Night(tmp_path_factory.mktemp("night"), folder)
+    path = tmp_path_factory.mktemp("night")
+    shutil.copytree(folder / "algorithms" / "centrality", path / "text")
+    night = Night(path, path / "text")
 
     def do(start, status=0, **fill):
         result = night.do(documented(start), real=True, **fill)
