@@ -1094,6 +1094,18 @@ class Run:
         self.summary = {name: format(figures[i], spec) for i, (name, spec) in enumerate(SUMMARY.items())}
 
 
+def busy(seconds: float = 0.5) -> float:
+    """The part of all CPU time, 0 to 1, that was used while this process slept; 0 where Linux's /proc is not there."""
+    if not (stat := Path("/proc/stat")).exists():
+        return 0.0
+    times = []
+    for pause in (seconds, 0):
+        times.append(np.array(stat.read_text().split("\n")[0].split()[1:], dtype=float))  # ticks since the start
+        time.sleep(pause)
+    spent = times[1] - times[0]
+    return 1 - spent[3:5].sum() / max(spent.sum(), 1)  # idle, and waiting for a disk
+
+
 @contextlib.contextmanager
 def training_run(description: str | None) -> Iterator[Run]:
     """Parse the command line, lock the device, prepare the corpus, grant ten minutes, and record how the run ended."""
@@ -1109,7 +1121,7 @@ def training_run(description: str | None) -> Iterator[Run]:
     with locked(Path(DEVICE_LOCK % device_id), "two runs at once can't be compared; wait for it", wait=False):
         print(f"device: {name}{'' if cuda else ', for there is no CUDA device'}", flush=True)
         free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
-        if total - free > 2 * 2**30 or (not cuda and os.getloadavg()[0] > os.cpu_count() / 2):
+        if total - free > 2 * 2**30 or (not cuda and busy() > 0.25):
             print("warning: the device has other work, which may make val_bpb worse than it could be", flush=True)
         corpus, why = choose_corpus(arguments.corpus, arguments.shards)
         if corpus.name == "climbmix" and not cuda:

@@ -77,8 +77,8 @@ def test_binary_files_among_text_are_skipped_and_said(text_folder, cache, capsys
         (["--shards", "3", "--corpus", "python"], "--shards 3 with python: only climbmix has shards"),
         (["--shards", "0", "--corpus", "climbmix"], "--shards 0 with climbmix: only climbmix has shards, 1 to 6542"),
         (["--shards", "many"], "invalid int value: 'many'"),
-        (["frobnicate"], "frobnicate: expected nothing to prepare, check, or log keep|discard|crash"),
-        (["log", "kept", "a run"], "log kept a run: expected nothing to prepare, check, or log"),
+        (["frobnicate"], "frobnicate: expected nothing to prepare, check, log, or log keep|discard|crash"),
+        (["log", "kept", "a run"], "log kept a run: expected nothing to prepare, check, log, or"),
     ],
 )
 def test_wrong_arguments_are_explained(command, arguments, message):
