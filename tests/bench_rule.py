@@ -1,6 +1,6 @@
 """What program.md's rule for keeping costs and brings, in simulated nights: false keeps, and true gain.
 
-uv run tests/bench_rule.py        # 1500 nights of each kind, a minute
+uv run tests/bench_rule.py        # 1500 nights of each kind, 5 s
 
 A night begins with three seeds of a baseline and tries a hundred ideas. A run shows the truth plus noise of standard
 deviation 1; the noise is estimated from what was run with several seeds, as prepare.py does it.
@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-NOTHING = [0.0]  # effects of ideas: lower is better
+NOTHING = [0.0]  # effects of ideas, times the noise: lower is better
 MIXED = [0, 0, 0, 0, 0, 0, 1, 2, 3, -0.5, -1, -2]
 IDEAS, NIGHTS = 100, 1500
 RULES = {  # difference below which more seeds are run, how many, and below which their mean is kept
