@@ -1024,6 +1024,8 @@ def digest_tensors(tensors: Iterable[torch.Tensor]) -> str:
 
 
 ORDER = "start() begins the five minutes, stop() ends them, finish() judges: once each, in this order"
+OTHER_MEMORY = 2 * 2**30  # bytes of a GPU; a desktop takes less
+OTHER_LOAD = 0.25  # of all cores; idle ones show up to 0.05, one busy core of two 0.5 (2026-11-25)
 SUMMARY = {"val_bpb": ".6f", "training_seconds": ".1f", "total_seconds": ".1f", "peak_vram_mb": ".1f"}
 SUMMARY |= {"mfu_percent": ".2f", "total_tokens_M": ".1f", "num_steps": "d", "num_params_M": ".1f", "depth": "d"}
 
@@ -1094,16 +1096,14 @@ class Run:
         self.summary = {name: format(figures[i], spec) for i, (name, spec) in enumerate(SUMMARY.items())}
 
 
-def busy(seconds: float = 0.5) -> float:
-    """The part of all CPU time, 0 to 1, that was used while this process slept; 0 where Linux's /proc is not there."""
+def cpu_load() -> float:
+    """The part of all CPU time, 0 to 1, that others use in half a second; 0 where Linux's /proc is not there."""
     if not (stat := Path("/proc/stat")).exists():
         return 0.0
-    times = []
-    for pause in (seconds, 0):
-        times.append(np.array(stat.read_text().split("\n")[0].split()[1:], dtype=float))  # ticks since the start
-        time.sleep(pause)
-    spent = times[1] - times[0]
-    return 1 - spent[3:5].sum() / max(spent.sum(), 1)  # idle, and waiting for a disk
+    before = np.array(stat.read_text().split()[1:9], dtype=float)  # user nice system idle iowait irq softirq steal
+    time.sleep(0.5)
+    spent = np.array(stat.read_text().split()[1:9], dtype=float) - before
+    return 1 - spent[3:5].sum() / max(spent.sum(), 1)
 
 
 @contextlib.contextmanager
@@ -1121,7 +1121,7 @@ def training_run(description: str | None) -> Iterator[Run]:
     with locked(Path(DEVICE_LOCK % device_id), "two runs at once can't be compared; wait for it", wait=False):
         print(f"device: {name}{'' if cuda else ', for there is no CUDA device'}", flush=True)
         free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
-        if total - free > 2 * 2**30 or (not cuda and busy() > 0.25):
+        if total - free > OTHER_MEMORY or (not cuda and cpu_load() > OTHER_LOAD):
             print("warning: the device has other work, which may make val_bpb worse than it could be", flush=True)
         corpus, why = choose_corpus(arguments.corpus, arguments.shards)
         if corpus.name == "climbmix" and not cuda:
@@ -1133,9 +1133,10 @@ def training_run(description: str | None) -> Iterator[Run]:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(arguments.seed)
         record = {"id": f"{time.time_ns()}-{os.getpid()}", "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        record |= {"repository": str(ROOT), "commit": git("rev-parse", "HEAD"), "prepare_sha256": SOURCE_SHA256}
+        commit, committed = (git(*words, default="") for words in (("rev-parse", "HEAD"), ("show", "HEAD:./train.py")))
+        record |= {"repository": str(ROOT), "commit": commit, "prepare_sha256": SOURCE_SHA256}
         digests = {"train_sha256": hashlib.sha256(source.encode()).hexdigest(), "harness": harness_fingerprint(corpus)}
-        record |= digests | {"train_committed": git("show", "HEAD:./train.py") == source.strip()}
+        record |= digests | {"train_committed": committed == source.strip()}
         record |= {"command": sys.argv, "seed": arguments.seed, "device": name}
         if past := [run for run in read_lines("runs.jsonl") if run.items() >= digests.items()]:
             seen = (f"seed {run['seed']} {run.get('val_bpb', run['status'])} on {run['device']}" for run in past[-3:])
@@ -1161,9 +1162,7 @@ def training_run(description: str | None) -> Iterator[Run]:
             record |= {name: float(value) for name, value in run.summary.items()} | {"status": "finished"}
         finally:
             try:
-                record["train_edited"] = (
-                    not (path := ROOT / "train.py").exists() or path.read_bytes() != source.encode()
-                )
+                record["train_edited"] = train_on_disk() != source.strip()
                 write(running, json.dumps(record | text))
                 record_ended_run(running)
             except OSError as error:  # the figures below are still worth having
@@ -1191,9 +1190,12 @@ def time_limited(running: Path) -> Iterator[None]:
 def record_ended_run(running: Path) -> None:
     """Move the record of a run that has ended to runs.jsonl; tracebacks after it were left by the limit."""
     if running.exists():
-        line, *tracebacks = running.read_text().splitlines()
+        line, *tracebacks = running.read_text(errors="replace").splitlines() or [""]
         late = {"status": "timeout", "traceback": tracebacks[-20:]} if tracebacks else {}
-        append_line("runs.jsonl", json.loads(line) | late)
+        try:
+            append_line("runs.jsonl", json.loads(line) | late)
+        except ValueError:
+            print(f"{running.name} held no record of a run, and is removed: {line[:60]!r}", flush=True)
         running.unlink()
 
 
@@ -1208,32 +1210,42 @@ def comparison(record: dict) -> dict[str, str]:
 
     Both are means over seeds: the noise of their difference is noise * sqrt(1 / seeds + 1 / seeds of the best).
     """
-    texts, lines = {}, {}
+    figures, lines = {}, {}  # train_sha256: {seed: val_bpb}
     for run in comparable_runs(record):
-        texts.setdefault(run["train_sha256"], {})[run["seed"]] = run["val_bpb"]
-    several = [list(seeds.values()) for seeds in texts.values() if len(seeds) > 1]
-    noise = math.sqrt(sum(np.var(f) * len(f) for f in several) / sum(len(f) - 1 for f in several)) if several else 0
+        figures.setdefault(run["train_sha256"], {})[run["seed"]] = run["val_bpb"]
+    means = {text: statistics.fmean(seeds.values()) for text, seeds in figures.items()}
+    several = {text: list(seeds.values()) for text, seeds in figures.items() if len(seeds) > 1}
+    noise = 0.0
     if several:
-        lines["noise"] = f"{noise:.6f} (pooled standard deviation, {sum(map(len, several))} runs with several seeds)"
-    means = {text: statistics.fmean(seeds.values()) for text, seeds in texts.items()}
-    kept = [row for row in logged(git("branch", "--show-current")) if row["status"] == "keep"]
-    if kept := [row for row in kept if row["train_sha256"] in means]:
-        best, this = min(kept, key=lambda row: means[row["train_sha256"]]), record["train_sha256"]
-        seeds, seeds_best = len(texts[this]), len(texts[best["train_sha256"]])
-        difference = means[this] - means[best["train_sha256"]]
-        scale = noise * math.sqrt(1 / seeds + 1 / seeds_best)
-        lines["best_kept"] = f"{means[best['train_sha256']]:.6f} ({best['commit'][:7]}, seeds: {seeds_best})"
-        if this != best["train_sha256"]:
-            times = f"{difference / scale:+.1f} x its noise, " if scale else ""
-            lines["difference"] = f"{difference:+.6f} ({times}seeds: {seeds})"
+        squares = sum((figure - means[text]) ** 2 for text in several for figure in several[text])
+        runs = sum(map(len, several.values()))
+        noise = math.sqrt(squares / (runs - len(several)))
+        lines["noise"] = f"{noise:.6f} (pooled standard deviation, {runs} runs with several seeds)"
+    kept = [entry for entry in read_ledger(git("branch", "--show-current", default=""))[1] if entry["status"] == "keep"]
+    if kept := {entry["train_sha256"]: entry for entry in kept if entry["train_sha256"] in means}:
+        best, this = min(kept, key=lambda text: means[text]), record["train_sha256"]
+        lines["best_kept"] = f"{means[best]:.6f} ({kept[best]['commit'][:7]}, seeds: {len(figures[best])})"
+        if this != best:
+            difference = means[this] - means[best]
+            scale = noise * math.sqrt(1 / len(figures[this]) + 1 / len(figures[best]))
+            times = f"{difference / scale:+.2f} x its noise, " if scale else ""
+            lines["difference"] = f"{difference:+.6f} ({times}seeds: {len(figures[this])})"
     return lines
 
 
-def git(*arguments: str, text: str | None = None) -> str:
-    """Output of a git command in this repository that is given a text; empty if it fails or there is no git."""
-    command = ["env", "git", "-C", str(ROOT), *arguments]
-    result = subprocess.run(command, input=text, capture_output=True, text=True)
-    return result.stdout.strip() if result.returncode == 0 else ""
+def git(*arguments: str, text: str | None = None, default: str | None = None) -> str:
+    """Output of a git command in this repository. Where it fails: `default`, else SystemExit with what git said."""
+    command = ["env", "git", "-C", str(ROOT), "-c", "core.quotepath=off", *arguments]
+    result = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", errors="replace")
+    if result.returncode and default is None:
+        raise SystemExit(f"`git {' '.join(arguments[:2])}` failed: {result.stderr.strip()}")
+    return default if result.returncode else result.stdout.strip()
+
+
+def train_on_disk() -> str:
+    """The text of train.py as it is now, without white space around it; empty if it is gone."""
+    path = ROOT / "train.py"
+    return path.read_text(errors="replace").strip() if path.exists() else ""
 
 
 def append_line(name: str, record: dict) -> None:
@@ -1262,39 +1274,67 @@ def read_lines(name: str) -> list[dict]:
     return list(lines.values())
 
 
-def logged(branch: str) -> list[dict]:
-    """What was logged on a branch of this repository."""
-    rows = [row for row in read_lines("ledger.jsonl") if row["repository"] == str(ROOT)]
-    return [row for row in rows if row.get("branch") == branch]
+def branched_from() -> str:
+    """The commit where the branch left main; empty if git knows no main."""
+    names = ("main", "master", "origin/HEAD", "origin/main", "origin/master")
+    return next(filter(None, (git("merge-base", "HEAD", name, default="") for name in names)), "")
 
 
-def ledger_of(branch: str) -> tuple[str, str, list[str]]:
-    """Where a branch began, where its last logged row left it, and the rows of its results.tsv there.
+def commit_named(name: str) -> str:
+    """The hash of a commit; empty if git has none of this name."""
+    return git("rev-parse", "-q", "--verify", f"{name}^{{commit}}", default="")
 
-    The second is a ref of its own, which no reset moves; a clone that lacks it has the last commit of results.tsv.
+
+def train_of(commit: str) -> str:
+    """The text of train.py in a commit, without white space around it; empty if it has none."""
+    return git("show", f"{commit}:./train.py", default="")
+
+
+def read_ledger(branch: str) -> tuple[list[str], list[dict]]:
+    """Return the rows that were logged on a branch, in order, and what ledger.jsonl says of them.
+
+    Rows are in the ledger that git keeps for the branch, in the log commits on it (a clone has only these), and in
+    ledger.jsonl those that a call which was cut short has not brought to git. A row typed in by hand is in none.
     """
-    names = ("main", "master", "origin/main", "origin/master")
-    base = next(filter(None, (git("merge-base", "HEAD", name) for name in names)), git("rev-parse", "HEAD"))
-    last = git("rev-parse", "-q", "--verify", f"refs/{branch}/ledger")
-    last = last or git("log", "-1", "--format=%H", f"{base}..HEAD", "--", "results.tsv")
-    return base, last or base, git("show", f"{last}:./results.tsv").splitlines()[1:] if last else []
+    rows = git("show", f"refs/{branch}/ledger:./results.tsv", default="").splitlines()[1:]
+    how = ("--reverse", "-p", "-U0", "--no-color", "--no-ext-diff", "--format=", "--grep=^log ")
+    patch = git("log", *how, f"{branched_from()}..HEAD", "--", "results.tsv", default="").splitlines()
+    rows += [line[1:] for line in patch if line.startswith("+") and line.count("\t") == 4 and line[1:] != LEDGER_HEADER]
+    here = {"repository": str(ROOT), "branch": branch}
+    entries = [line for line in read_lines("ledger.jsonl") if line.get("row") in rows or line.items() >= here.items()]
+    wanted = "".join(f"{entry['commit']}\n" for entry in entries)
+    known = git("cat-file", "--batch-check=%(objectname)", text=wanted, default="").splitlines()  # or "… missing"
+    entries = [entry for entry in entries if entry["commit"] in known]
+    return list(dict.fromkeys([*rows, *(entry["row"] for entry in entries)])), entries
 
 
 def write_ledger(branch: str) -> None:
     """Bring results.tsv to what was logged, commit it, and have git keep that commit and each row's under refs/."""
-    rows, entries = ledger_of(branch)[2], logged(branch)
-    lines = [entry["row"] for entry in entries]
-    write(ROOT / "results.tsv", "\n".join(dict.fromkeys([LEDGER_HEADER, *rows, *lines])))
-    if git("show", "HEAD:./results.tsv") != (ROOT / "results.tsv").read_text().strip():
-        _, _, _, status, description = lines[-1].split("\t")
-        message = f"log {status}: {description}"
-        command = ["git", "-C", str(ROOT), "commit", "-q", "--no-verify", "-m", message, "--", "results.tsv"]
-        if subprocess.run(command).returncode:
-            advice = "The row is safe: when that is mended, the same command again commits it"
-            raise SystemExit(f"git could not commit results.tsv (see above). {advice}")
-    for entry in entries:
-        git("update-ref", f"refs/{branch}/{entry['commit'][:7]}", entry["commit"])
-    git("update-ref", f"refs/{branch}/ledger", "HEAD")
+    rows, entries = read_ledger(branch)
+    text = "\n".join([LEDGER_HEADER, *rows])
+    try:
+        write(ROOT / "results.tsv", text)
+        if git("show", "HEAD:./results.tsv", default="") != text:
+            _, _, _, status, description = rows[-1].split("\t")
+            git("add", "-f", "results.tsv")
+            git("commit", "-q", "--no-verify", "-m", f"log {status}: {description}", "--", "results.tsv")
+    except (OSError, SystemExit) as error:
+        advice = "The row is safe: when that is mended, the same command again commits it"
+        raise SystemExit(f"results.tsv was not committed: {error}. {advice}") from None
+    refs = {entry["commit"][:7]: entry["commit"] for entry in entries} | {"ledger": git("rev-parse", "HEAD")}
+    git("update-ref", "--stdin", text="".join(f"update refs/{branch}/{name} {refs[name]}\n" for name in refs))
+
+
+def kept_last(rows: list[str]) -> str:
+    """The commit of the last row that was kept and that git has; where the branch began, if there is none."""
+    kept = [row.split("\t")[0] for row in rows if row.split("\t")[3] == "keep"]
+    return next(filter(None, map(commit_named, reversed(kept))), branched_from())
+
+
+def way_back(branch: str, kept: str) -> str:
+    """The command that takes the branch to the train.py that was kept last, with its ledger where git has both."""
+    ledger = commit_named(f"refs/{branch}/ledger")
+    return f"git reset --hard {(ledger if ledger and train_of(ledger) == train_of(kept) else kept)[:7]}"
 
 
 def commit_of(run: dict) -> str:
@@ -1313,18 +1353,26 @@ def log(status: str, description: str) -> None:
     """
     branch = experiment_branch()
     with locked(cache_root() / "ledger.lock", "it writes a ledger", wait=True):
-        run = last_run()
-        if row := row_of(run, branch):
-            write_ledger(branch)
-            seen = f"nothing to log: the last run has its row, {row!r}"
-            raise SystemExit(f'{seen}. Next: edit train.py, `git commit -am "<idea>"`, `uv run train.py`')
-        refuse_row(run, status, branch)
+        run, (rows, entries) = last_run(), read_ledger(branch)
+        if entry := entry_of(run, entries):
+            if here := entry["row"] in rows:
+                write_ledger(branch)
+            where = "" if here else f" on {entry['branch']}"
+            kept, then = kept_last(rows), 'edit train.py, `git commit -am "<idea>"`, `uv run train.py`'
+            if kept and git("merge-base", "--is-ancestor", kept, "HEAD", default="no"):
+                then = f"the branch lacks what was kept last: `{way_back(branch, kept)}`"
+            raise SystemExit(f"nothing to log: the last run has its row{where}, {entry['row']!r}. Next: {then}")
+        refuse_row(run, status, branch, rows)
         commit = git("rev-parse", "HEAD") if status == "keep" else commit_of(run)
-        bpb, memory = (0.0, 0.0)
+        bpb, memory = 0.0, 0.0
         if status != "crash":
-            shown = next((other for other in seeds_of(run) if other["seed"] == SEED), run)
+            seeds = seeds_of(run)
+            shown = next((other for other in seeds if other["seed"] == SEED), seeds[0])
             bpb, memory = shown["val_bpb"], shown["peak_vram_mb"] / 1024
+            description += "" if shown["seed"] == SEED else f" (seed {shown['seed']})"
         row = f"{commit[:7]}\t{bpb:.6f}\t{memory:.1f}\t{status}\t{description}"
+        if row in rows:
+            raise SystemExit(f"the ledger has this very row: say in its description what was different. {row!r}")
         entry = {"id": f"{branch} {run['id']}", "run": run["id"], "repository": str(ROOT), "branch": branch}
         entry |= {"commit": commit, "train_sha256": run["train_sha256"], "status": status, "row": row}
         append_line("ledger.jsonl", entry)
@@ -1334,32 +1382,37 @@ def log(status: str, description: str) -> None:
 
 def show_ledger() -> None:
     """Print the last rows of this branch, and whether the last run has one: where the loop stands."""
-    branch = experiment_branch()
-    run, rows = last_run(), [*ledger_of(branch)[2], *(entry["row"] for entry in logged(branch))]
+    rows, entries = read_ledger(experiment_branch())
+    print(LEDGER_HEADER, *rows[-20:], f"--- {len(rows)} rows{', the last 20 of them' * (len(rows) > 20)}", sep="\n")
+    try:
+        run = last_run()
+    except SystemExit as none:
+        return print(none)
     seen = {"last run": f"{run['status']}, seed {run['seed']}, of {run['commit'][:7]}, begun {run['time']}"}
     if run["status"] == "finished":
         seen |= {"val_bpb": f"{run['val_bpb']:.6f}"} | comparison(run)
-    seen["its row"] = row_of(run, branch) or "none yet: log it, or run what else it needs"
-    print(LEDGER_HEADER, *list(dict.fromkeys(rows))[-20:], "---", sep="\n")
+    entry = entry_of(run, entries)
+    seen["its row"] = entry["row"] if entry else "none yet: log it, or run what else it needs"
     print(*(f"{name + ':':<18}{value}" for name, value in seen.items()), sep="\n")
 
 
 def experiment_branch() -> str:
     """The branch that is checked out. Raises SystemExit if it is not one for experiments."""
-    if (branch := git("branch", "--show-current")).startswith("autoresearch/"):
-        return branch
-    seen = f"on {branch}" if branch else "outside of a git branch"
-    raise SystemExit(f"{seen} nothing is logged, but on a branch of its own: `git checkout -b autoresearch/<tag>`")
+    branch, start = git("branch", "--show-current"), "`git checkout -b autoresearch/<tag> main`"
+    if folder := git("rev-parse", "--show-prefix"):
+        raise SystemExit(f"{folder} is a folder of another repository: autoresearch needs one of its own, a clone")
+    if not branch:
+        raise SystemExit(f"no branch is checked out: `git checkout autoresearch/<tag>`, or for a new one {start}")
+    if not branch.startswith("autoresearch/"):
+        raise SystemExit(f"on {branch} nothing is logged, but on a branch of its own: {start}")
+    return branch
 
 
-def row_of(run: dict, branch: str) -> str | None:
-    """The row of a run, or of its train.py where that was kept: more seeds of it get no other."""
-    same = (
-        row["row"]
-        for row in logged(branch)
-        if row["run"] == run["id"] or (row["status"] == "keep" and row["train_sha256"] == run["train_sha256"])
-    )
-    return next(same, None)
+def entry_of(run: dict, entries: list[dict]) -> dict | None:
+    """What was logged of a run, or of its train.py where that was kept: more seeds of it get no other row."""
+    same = {"status": "keep", "train_sha256": run["train_sha256"]}
+    kept = [entry for entry in entries if entry.items() >= same.items()]
+    return next((line for line in read_lines("ledger.jsonl") if line.get("run") == run["id"]), next(iter(kept), None))
 
 
 def last_run() -> dict:
@@ -1369,8 +1422,8 @@ def last_run() -> dict:
             record_ended_run(running)  # of a run that ended without a word
         if running.exists() and json.loads(running.read_text().splitlines()[0])["repository"] == str(ROOT):
             raise SystemExit("a run of this repository is still going on: log it when it has printed its summary")
-    runs = [run for run in read_lines("runs.jsonl") if run["repository"] == str(ROOT)]
-    if not runs:
+    runs = [run for run in read_lines("runs.jsonl") if run.get("repository") == str(ROOT)]
+    if not runs or not commit_named(runs[-1]["commit"]):  # or they are of a clone that was here before
         raise SystemExit("nothing to log: no run of this repository is on record. The first one: `uv run train.py`")
     return runs[-1]
 
@@ -1380,37 +1433,44 @@ def seeds_of(run: dict) -> list[dict]:
     return [other for other in comparable_runs(run)[::-1] if other["train_sha256"] == run["train_sha256"]]
 
 
-def refuse_row(run: dict, status: str, branch: str) -> None:
+def refuse_row(run: dict, status: str, branch: str, rows: list[str]) -> None:
     """Raise SystemExit, with what to do, if a run can't have a row of this status in the ledger of the branch."""
-    base, last, rows = ledger_of(branch)
-    if missing := [entry for entry in logged(branch) if entry["row"] not in rows and entry["status"] == "keep"]:
-        last = missing[-1]["commit"]
-    finished, others = run["status"] == "finished", ("--", ".", ":!results.tsv")
-    if status == "crash" and finished:
-        raise SystemExit(f"the last run finished, with val_bpb {run['val_bpb']:.6f}: log keep or log discard")
-    if status != "crash" and not finished:
-        raise SystemExit(f'the last run has no val_bpb ({run["status"]}): `uv run prepare.py log crash "…"`')
-    if status != "keep" and git("diff", "--name-only", last, "HEAD", *others):
-        seen = git("log", "-1", "--format=%h %s", "HEAD", *others)
-        advice = f"`git reset --hard {last[:7]}` takes it there. Then log again"
-        raise SystemExit(f"the branch ends in {seen!r}, not in what was kept last: {advice}")
-    if changed := git("diff", "--name-only", base, *others, ":!train.py").splitlines():
-        undo = f"`git restore -s {base[:7]} -SW {shlex.join(changed)}`, `git commit -a --amend --no-edit`"
-        raise SystemExit(f"only train.py may change, but {', '.join(changed)} did, too: {undo}, and log again")
+    if not (base := branched_from()):
+        raise SystemExit("git knows no main to compare with: `git branch main <the commit where your work began>`")
+    tried, seeds, others = run["train_source"].strip(), seeds_of(run), ("--", ".", ":!results.tsv", ":!train.py")
+    there = train_of("HEAD") == tried
+    get_back = "" if there or status == "crash" else f"`git reset --hard {commit_of(run)[:7]}`, "
+    if status == "crash" and run["status"] == "finished":
+        advice = '`uv run prepare.py log discard "…"`, or keep'
+        raise SystemExit(f"the last run finished, with val_bpb {run['val_bpb']:.6f}: {advice}")
+    if status != "crash" and not seeds:
+        advice = '`uv run prepare.py log crash "…"`'
+        if run["status"] in ("killed", "stopped"):
+            seed = "" if run["seed"] == SEED else f" --seed {run['seed']}"
+            advice = f"{get_back}`uv run train.py{seed}` runs it again; if the idea was at fault, log crash"
+        raise SystemExit(f"the last run has no val_bpb ({run['status']}): {advice}")
+    if status != "keep":
+        kept = kept_last(rows)
+        if train_of("HEAD") != train_of(kept) or train_on_disk() == tried != train_of(kept):
+            seen = git("log", "-1", "--format=%h %s", "--", ".", ":!results.tsv")
+            advice = f"`{way_back(branch, kept)}` takes it there. Then log again"
+            raise SystemExit(f"train.py is that of {seen!r} or later, not what was kept last: {advice}")
+    committed = git("diff", "--name-only", base, "HEAD", *others).splitlines()
+    if changed := sorted({*committed, *git("diff", "--name-only", base, *others).splitlines()}):
+        amend = "`git commit -a --amend --no-edit --allow-empty`, " if committed else ""
+        undo = f"`git restore -s {base[:7]} -SW {shlex.join(changed)}`, {amend}"
+        raise SystemExit(f"only train.py may change, but {', '.join(changed)} did, too: {undo}and log again")
     if modules := git("ls-files", "--others", "--exclude-standard", "--", "*.py").splitlines():
         raise SystemExit(f"{', '.join(modules)}: no commit has it, so the run can't be repeated. Move it into train.py")
     if run.get("prepare_sha256") != SOURCE_SHA256:
         raise SystemExit("the last run was judged by another prepare.py and does not compare: `uv run train.py`")
     if status == "keep":
-        if git("show", "HEAD:./train.py") != run["train_source"].strip():
-            if (ROOT / "train.py").read_text() == run["train_source"]:
+        if not there:
+            advice = f"is not that of HEAD, but of its commit: {get_back}and log again"
+            if train_on_disk() == tried:
                 advice = 'is not committed: `git commit -am "<idea>"`, and log again'
-            else:
-                advice = (
-                    f"is not that of HEAD, but of its commit: `git reset --hard {commit_of(run)[:7]}`, and log again"
-                )
             raise SystemExit(f"the train.py of the last run {advice}")
-        if not any(other["seed"] == SEED for other in seeds_of(run)):
+        if not any(other["seed"] == SEED for other in seeds):
             raise SystemExit(f"a row needs the run with seed {SEED}, by which all are compared: `uv run train.py`")
 
 
@@ -1447,8 +1507,10 @@ def main() -> None:
     add_corpus_arguments(parser)
     usage = 'nothing to prepare, check, log, or log keep|discard|crash "what was tried"'
     parser.add_argument("command", nargs="*", help=usage)
-    arguments = parser.parse_args()
+    logs = sys.argv[1:2] == ["log"] and len(sys.argv) > 3 and sys.argv[3] not in ("-h", "--help")
+    arguments = parser.parse_args(["--"] * logs + sys.argv[1:])  # what was tried may begin with a dash
     words, what = arguments.command, " ".join(" ".join(arguments.command[2:]).split())
+    what = "".join(character for character in what if character.isprintable())
     if words[:1] == ["log"] and words[1:2] in (["keep"], ["discard"], ["crash"]) and what:
         return log(words[1], what)
     if words == ["log"]:

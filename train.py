@@ -600,7 +600,8 @@ def train(run: Run) -> None:
     check_knobs(length)
     torch.set_float32_matmul_precision("high")
     warnings.filterwarnings("ignore", "flex_attention called without")  # start() looks at a few rows uncompiled
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA, which a CPU has no need of
+    if device.type == "cpu":
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA
     dtype, compiled, why = choose_precision(device)
     backend, attention_why = choose_attention(device, compiled)
     config = Config(run.tokenizer.get_vocab_size(), length, DEPTH, HEAD_DIM, ASPECT_RATIO, WINDOW_PATTERN)

@@ -3,6 +3,7 @@
 The five minutes are cut to half a second, in a commit of the clone; all else is as a user has it.
 """
 
+import ast
 import itertools
 import json
 import os
@@ -11,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, environ
@@ -23,7 +23,7 @@ DOCUMENTED = [
     for line in block.splitlines()
 ]
 SHORTER = {
-    "prepare.py": {"TIME_BUDGET = 300": "TIME_BUDGET = 0.5", "RUN_LIMIT = 600": "RUN_LIMIT = 20"},
+    "prepare.py": {"TIME_BUDGET = 300": "TIME_BUDGET = 0.5", "RUN_LIMIT = 600": "RUN_LIMIT = 12"},
     "train.py": {"    DEPTH = 4": "    DEPTH = 1", "    TOTAL_BATCH_SIZE = 2**14": "    TOTAL_BATCH_SIZE = 2**12"},
 }
 
@@ -41,7 +41,6 @@ for line in sys.stdin:
     for number in (1, 2):
         os.dup2(os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(job["cwd"])
-    os.environ |= job["environ"]
     left = job["die"]
 
     def mortal(event, arguments):
@@ -69,6 +68,11 @@ for line in sys.stdin:
 """
 
 
+def row_in(text):
+    """The row that a refusal says the last run has."""
+    return ast.literal_eval(re.search(r"has its row, ('.*?')\. Next", text)[1])
+
+
 def documented(start):
     """The command of program.md that begins so."""
     return start if start in DOCUMENTED else next(command for command in DOCUMENTED if command.startswith(start))
@@ -90,7 +94,7 @@ class Night:
         for name in ("prepare.py", "train.py", "program.md", "results.tsv", ".gitignore", "pyproject.toml", "uv.lock"):
             shutil.copy(ROOT / name, self.clone)
         shutil.copy(ROOT / ".python-version", self.clone)
-        SHORTER["prepare.py"]['"/tmp/autoresearch-%s.lock"'] = f'"{path}/%s.lock"'
+        self.replace("prepare.py", '"/tmp/autoresearch-%s.lock"', f'"{path}/%s.lock"')
         for name, changes in SHORTER.items():
             for before, after in changes.items():
                 self.replace(name, before, after)
@@ -120,7 +124,7 @@ class Night:
         if words[:2] == ["uv", "run"] and not real:
             (output := self.path / "output").unlink(missing_ok=True)
             job = {"argv": words[2:], "cwd": str(cwd or self.clone), "output": str(output), "die": die}
-            self.server.stdin.write(json.dumps(job | {"environ": {}}) + "\n")
+            self.server.stdin.write(json.dumps(job) + "\n")
             self.server.stdin.flush()
             status, text = int(self.server.stdout.readline()), output.read_text()
         else:
@@ -295,12 +299,12 @@ REST = {
 }
 
 
-@pytest.mark.parametrize("back", ["HEAD", "HEAD~1", "HEAD~2", "HEAD~3"])
+@pytest.mark.parametrize("back", ["HEAD~0", "HEAD~1", "HEAD~2", "HEAD~3"])
 @pytest.mark.parametrize("point", REST)
 def test_a_reset_at_any_point_loses_no_row_and_the_loop_goes_on(night, point, back):
     night.back_to(point)
     runs, rows = night.runs() if point != "branched" else [], list(night.rows)
-    if night.git("rev-list", "--count", "HEAD") <= back[5:]:
+    if int(night.git("rev-list", "--count", "HEAD")) <= int(back[5:]):
         pytest.skip(f"{back} was never committed")
     night.git("reset", "-q", "--hard", back)
     for command in REST[point]:
@@ -328,7 +332,7 @@ def test_a_log_that_is_killed_at_any_step_is_completed_by_the_next(night, point,
         assert status == -9, text
         status, text = night.do(documented(command))
         if status:
-            night.rows.append(eval(re.search(r"has its row, ('.*?')\.", text)[1]))  # repr of the row
+            night.rows.append(row_in(text))
         assert len(night.rows) == len(night.points[point]) + 1
         night.verify()
     assert die > 8
@@ -397,7 +401,7 @@ def test_files_that_only_the_working_tree_has_are_no_part_of_an_experiment(night
 def test_a_forgotten_reset_is_asked_for(night):
     night.back_to("worse run")
     seen = night.carry_on(documented(DISCARD))
-    assert "not in what was kept last: `git reset --hard" in seen
+    assert "not what was kept last: `git reset --hard" in seen
     night.verify()
     assert night.rows[-1].split("\t")[3] == "discard"
 
@@ -467,7 +471,7 @@ def test_nothing_is_logged_on_main(night):
     night.git("checkout", "-q", "main")
     status, text = night.do(documented(KEEP))
     assert status == 1
-    assert "on main nothing is logged, but on a branch of its own: `git checkout -b autoresearch/<tag>`" in text
+    assert "on main nothing is logged, but on a branch of its own: `git checkout -b autoresearch/<tag> main`" in text
 
 
 def test_a_ledger_changed_by_hand_is_as_it_was_logged_after_the_next_log(night):
@@ -537,11 +541,12 @@ def test_a_commit_that_git_refuses_is_made_by_the_same_command_later(night):
     (night.clone / ".git" / "index.lock").touch()
     status, text = night.do(documented(KEEP))
     assert status == 1
-    assert "git could not commit results.tsv" in text
+    assert "results.tsv was not committed" in text
+    assert "index.lock" in text
     assert "The row is safe" in text
     (night.clone / ".git" / "index.lock").unlink()
     status, text = night.do(documented(KEEP))
-    night.rows.append(eval(re.search(r"has its row, ('.*?')\.", text)[1]))
+    night.rows.append(row_in(text))
     night.verify()
 
 
@@ -563,5 +568,184 @@ def test_the_ledger_is_shown(night):
     assert re.search(r"^its row: +none yet", text, re.MULTILINE)
 
 
-def test_git_finds_the_folder_of_the_test_not_another_repository(night):
-    assert Path(night.git("rev-parse", "--show-toplevel")).resolve() == night.clone.resolve()
+def refused(night, command, says):
+    """A command of program.md is refused, and the ledger stays as it is."""
+    status, text = night.do(documented(command))
+    assert status == 1
+    assert says in text
+    return text
+
+
+def test_a_confirming_run_that_was_killed_hides_no_figure(night):
+    night.edit("if '43' in __import__('sys').argv: GPT.forward = lambda *_: os.kill(os.getpid(), 9)")
+    for command in (COMMIT, RUN):
+        night.do(documented(command))
+    assert night.do(SEEDS[0])[0] == -9
+    night.carry_on(documented(KEEP))
+    assert night.runs()[-2:] == [("finished", 42), ("killed", 43)]
+    night.verify()
+
+
+def test_a_killed_run_is_run_again(night):
+    night.edit("if not os.path.exists('again'): open('again', 'w'); GPT.forward = lambda *_: os.kill(os.getpid(), 9)")
+    night.do(documented(COMMIT))
+    assert night.do(RUN)[0] == -9
+    night.do(RESET)
+    assert "the last run has no val_bpb (killed): `git reset --hard " in night.carry_on(documented(KEEP))
+    night.verify()
+
+
+@pytest.mark.parametrize(
+    ("said", "logged"),
+    [("-x + wider", "-x + wider"), ("--corpus", "--corpus"), ("wi\udcffd\u200ber \n\t é", "wider é")],
+)
+def test_a_description_may_hold_any_characters(night, said, logged):
+    night.back_to("better run")
+    assert night.do(f"{KEEP} {shlex.quote(said)}")[0] == 0
+    assert night.rows[-1].split("\t")[4] == logged
+    night.verify()
+
+
+def test_the_same_crash_twice_is_told_apart(night):
+    night.back_to("crash run")
+    commit = night.git("rev-parse", "HEAD")
+    for command in (RESET, CRASH):
+        night.do(documented(command))
+    night.git("reset", "-q", "--hard", commit)
+    night.do(RUN)
+    night.do(RESET)
+    refused(night, CRASH, "the ledger has this very row: say in its description what was different")
+    assert night.do(f"{CRASH} 'once more'")[0] == 0
+    night.verify()
+
+
+def test_what_was_run_uncommitted_is_taken_out_before_it_is_discarded(night):
+    night.edit()
+    night.do(RUN)
+    assert "not what was kept last: `git reset --hard" in night.carry_on(documented(DISCARD))
+    night.verify()
+    assert night.git("status", "--short") == ""
+
+
+def test_a_commit_that_touches_another_file_is_mended_also_where_the_file_is_as_it_was(night):
+    night.edit()
+    (night.clone / "Müll.txt").write_text("x")
+    night.git("add", "Müll.txt")
+    night.do(documented(COMMIT))
+    night.do(RUN)
+    (night.clone / "Müll.txt").unlink()
+    assert "only train.py may change, but Müll.txt did, too: `git restore -s" in night.carry_on(documented(KEEP))
+    night.verify()
+
+
+def test_a_reset_too_far_is_undone_by_the_command_that_a_repeated_log_names(night):
+    night.git("reset", "-q", "--hard", "main")
+    text = refused(night, CRASH, "Next: the branch lacks what was kept last: `git reset --hard")
+    night.do(re.search("`(git reset .*?)`", text)[1])
+    kept = [row for row in night.rows if "\tkeep\t" in row][-1]
+    assert night.git("diff", "--name-only", kept[:7], "HEAD") in ("", "results.tsv")
+    night.edit()
+    for command in (COMMIT, RUN, KEEP):
+        night.carry_on(documented(command))
+    night.verify()
+
+
+def test_a_ledger_that_git_does_not_track_is_committed(night):
+    night.back_to("branched")
+    night.git("rm", "-q", "--cached", "results.tsv")
+    night.git("commit", "-qm", "no ledger")
+    with (night.clone / ".gitignore").open("a") as file:
+        file.write("results.tsv\n")
+    night.git("commit", "-qam", "ignored")
+    night.git("branch", "-f", "main", "HEAD")
+    for command in (RUN, KEEP):
+        night.carry_on(documented(command))
+    night.verify()
+
+
+def test_a_folder_in_the_place_of_the_ledger_loses_no_row(night):
+    night.back_to("better run")
+    (night.clone / "results.tsv").unlink()
+    (night.clone / "results.tsv").mkdir()
+    refused(night, KEEP, "results.tsv was not committed")
+    (night.clone / "results.tsv").rmdir()
+    night.rows.append(row_in(night.do(documented(KEEP))[1]))
+    night.verify()
+
+
+def test_a_branch_with_another_name_has_the_same_ledger(night):
+    night.back_to("better run")
+    night.git("branch", "-m", "autoresearch/renamed")
+    night.carry_on(documented(KEEP))
+    assert (night.clone / "results.tsv").read_text().splitlines() == [HEADER, *night.rows]
+    refused(night, KEEP, "nothing to log: the last run has its row, ")
+
+
+def test_a_night_that_begins_on_the_branch_of_another_has_its_own_ledger(night):
+    assert night.do(documented("git checkout -b"), tag="nov26")[0] == 0
+    night.rows = []
+    assert "of another night" not in night.do("uv run prepare.py log")[1]
+    assert "nothing to log: the last run has its row on autoresearch/nov25, " in night.do(documented(CRASH))[1]
+    for command in (RUN, 'uv run prepare.py log keep "baseline"'):
+        night.carry_on(command)
+    assert (night.clone / "results.tsv").read_text().splitlines() == [HEADER, *night.rows]
+    assert len(night.rows) == 1
+
+
+def test_two_clones_of_one_branch_lose_no_row_of_each_other(night):
+    first, other = night.clone, night.path / "elsewhere"
+    night.git("clone", "-q", str(first), str(other), cwd=night.path)
+    try:
+        for name, value in (("user.name", "test"), ("user.email", "test@example.invalid")):
+            night.git("config", name, value, cwd=other)
+        night.clone = other
+        night.git("fetch", "-q", "origin", "main:main")
+        for clone in (other, first, other):
+            night.clone = clone
+            night.git("pull", "-q", str(first if clone == other else other), f"autoresearch/{TAG}")
+            night.edit()
+            for command in (COMMIT, RUN, KEEP):
+                night.carry_on(documented(command))
+            assert (clone / "results.tsv").read_text().splitlines() == [HEADER, *night.rows]
+        assert len(night.rows) == 8
+    finally:
+        shutil.rmtree(other)
+        night.clone = first
+
+
+def test_without_a_main_or_a_branch_or_a_repository_of_its_own_it_says_what_to_do(night):
+    night.back_to("better run")
+    night.git("branch", "-m", "main", "trunk")
+    refused(night, KEEP, "git knows no main to compare with: `git branch main <the commit where your work began>`")
+    night.git("branch", "main", "trunk")
+    night.git("checkout", "-q", "--detach")
+    refused(night, KEEP, "no branch is checked out: `git checkout autoresearch/<tag>`")
+    night.git("checkout", "-q", f"autoresearch/{TAG}")
+    (night.clone / ".git").rename(night.path / "git")
+    try:
+        refused(night, KEEP, "not a git repository")
+        night.git("init", "-q", cwd=night.path)
+        refused(night, KEEP, "clone/ is a folder of another repository")
+    finally:
+        shutil.rmtree(night.path / ".git", ignore_errors=True)
+        (night.path / "git").rename(night.clone / ".git")
+    night.carry_on(documented(KEEP))
+    night.verify()
+
+
+@pytest.mark.parametrize("torn", ["", '{"id": "1'])
+def test_a_record_that_was_cut_short_is_removed(night, torn):
+    night.back_to("better run")
+    running = night.path / "cache" / "running-cpu.json"
+    running.write_text(torn)
+    assert "running-cpu.json held no record of a run" in night.do(documented(KEEP))[1]
+    assert not running.exists()
+    night.verify()
+
+
+def test_a_train_py_that_is_gone_comes_back(night):
+    night.back_to("better run")
+    (night.clone / "train.py").unlink()
+    night.carry_on(documented(KEEP))
+    night.git("checkout", "-q", "train.py")
+    night.verify()

@@ -1,15 +1,19 @@
 """What an agent may do by itself at night: each command of program.md, and no near miss of one.
 
-The rules for Codex are checked by Codex itself where it is installed (npm install -g @openai/codex).
+Their rules are imitated here; where the command lines are installed (npm install -g @anthropic-ai/claude-code
+@openai/codex), they decide themselves, too.
 """
 
 import ast
 import fnmatch
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import ROOT
@@ -18,7 +22,9 @@ from test_contract import DOCUMENTED
 SETTINGS = json.loads((ROOT / ".claude" / "overnight.json").read_text())
 RULES = ROOT / ".codex" / "rules" / "autoresearch.rules"
 FILLED = {"<tag>": "nov25", "<commit>": "1234567"}
-ASKED_BY_MESSAGES = ["git reset --hard 1234567", "git restore -s 1234567 -SW prepare.py"]
+ASKED_BY_MESSAGES = """git reset --hard 1234567
+git restore -s 1234567 -SW prepare.py
+git commit -a --amend --no-edit --allow-empty""".splitlines()
 NEAR_MISSES = """uv run python train.py
 uv run --with scipy train.py
 python3 train.py
@@ -138,3 +144,85 @@ def test_codex_itself_decides_likewise(command):
     check = ["codex", "execpolicy", "check", "--rules", RULES, *shlex.split(command)]
     output = subprocess.run(check, check=True, capture_output=True, text=True).stdout
     assert json.loads(output).get("decision") == codex_decision(command)
+
+
+class ScriptedModel(BaseHTTPRequestHandler):
+    """Speaks the Messages API: asks for one tool call after the other, and keeps what Claude Code answers to each."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        results = [part for message in body["messages"] for part in message["content"] if part["type"] == "tool_result"]
+        self.server.first = self.server.first or body
+        self.server.results = [json.dumps(result["content"]) for result in results]
+        block, delta, reason = {"type": "text", "text": ""}, {"type": "text_delta", "text": "done"}, "end_turn"
+        if len(results) < len(self.server.calls):
+            name, arguments = self.server.calls[len(results)]
+            block = {"type": "tool_use", "id": f"toolu_{len(results)}", "name": name, "input": {}}
+            delta, reason = {"type": "input_json_delta", "partial_json": json.dumps(arguments)}, "tool_use"
+        message = {"id": "msg", "type": "message", "role": "assistant", "model": body["model"], "content": []}
+        message |= {"stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 1, "output_tokens": 1}}
+        events = {
+            "message_start": {"message": message},
+            "content_block_start": {"index": 0, "content_block": block},
+            "content_block_delta": {"index": 0, "delta": delta},
+            "content_block_stop": {"index": 0},
+            "message_delta": {"delta": {"stop_reason": reason}, "usage": {"output_tokens": 1}},
+            "message_stop": {},
+        }
+        lines = (f"event: {name}\ndata: {json.dumps({'type': name} | event)}\n\n" for name, event in events.items())
+        data = "".join(lines).encode()
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.skipif(not shutil.which("claude"), reason="needs Claude Code: npm install -g @anthropic-ai/claude-code")
+def test_claude_code_itself_decides_likewise(tmp_path):
+    clone, stub = tmp_path / "clone", tmp_path / "bin" / "uv"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    shutil.copy(ROOT / ".claude" / "overnight.json", clone / ".claude")
+    stub.parent.mkdir()
+    stub.write_text("#!/bin/sh\necho uv $*\n")  # who decides is Claude Code; nothing has to be trained
+    stub.chmod(0o755)
+    knob = {"old_string": "SOFT_CAP = 15.0", "new_string": "SOFT_CAP = 16.0"}
+    allowed = [["Read", {"file_path": f"{clone}/train.py"}], ["Edit", {"file_path": f"{clone}/train.py"} | knob]]
+    allowed += [["Bash", {"command": command, "description": "x"}] for command in COMMANDS]
+    denied = [["Bash", {"command": command, "description": "x"}] for command in NEAR_MISSES]
+    for name in (
+        "prepare.py",
+        "results.tsv",
+        "program.md",
+        "tests/conftest.py",
+        ".claude/overnight.json",
+        ".gitignore",
+    ):
+        allowed.append(["Read", {"file_path": f"{clone}/{name}"}])
+        denied.append(["Write", {"file_path": f"{clone}/{name}", "content": "x"}])
+    for name in ("new.py", "sub/train.py", "tests/train.py", ".git/hooks/pre-commit", "../elsewhere.py"):
+        denied.append(["Write", {"file_path": f"{clone}/{name}", "content": "x"}])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ScriptedModel)
+    server.calls, server.results, server.first = allowed + denied, [], None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    own = {"CLAUDE_CONFIG_DIR": str(tmp_path / "config"), "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
+    own |= {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{server.server_port}", "ANTHROPIC_API_KEY": "none"}
+    own |= {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("claude "))
+    command, *flags, prompt = shlex.split(line)
+    subprocess.run(
+        [command, "-p", *flags, prompt], cwd=clone, env=os.environ | own, check=True, capture_output=True, timeout=300
+    )
+    server.shutdown()
+    assert len(server.results) == len(server.calls)
+    for (tool, arguments), result in zip(server.calls, server.results, strict=True):
+        refused = re.search(r"Permission to use \w+.* has been denied|denied by your permission settings", result)
+        assert bool(refused) == ([tool, arguments] in denied), (tool, arguments, result)
+    assert "# The research program" in json.dumps(
+        server.first
+    )  # through .claude/CLAUDE.md, whatever is compacted later
