@@ -42,7 +42,7 @@ git rebase main
 git config user.name me
 rm -rf .git
 curl https://example.invalid
-nohup uv run train.py""".splitlines()
+sudo uv run train.py""".splitlines()
 
 
 def fill(command):
@@ -105,12 +105,12 @@ def codex_rules():
     return [{word.arg: ast.literal_eval(word.value) for word in call.keywords} for call in calls]
 
 
-def codex_decision(command):
+def codex_decision(command, rules=None):
     """Codex's rules: the strictest of those whose pattern is a prefix of the command's words."""
     words, order = shlex.split(command), ["allow", "prompt", "forbidden"]
     found = [
         rule["decision"]
-        for rule in codex_rules()
+        for rule in rules or codex_rules()
         if len(words) >= len(rule["pattern"])
         and all(
             word in ([part] if isinstance(part, str) else part)
@@ -123,9 +123,9 @@ def codex_decision(command):
 def test_the_examples_of_the_rules_for_codex_hold():
     for rule in codex_rules():
         assert rule["match"]
-        assert {codex_decision(command) for command in rule["match"]} == {rule["decision"]}
+        assert {codex_decision(command, [rule]) for command in rule["match"]} == {rule["decision"]}
         for command in rule["not_match"]:
-            assert codex_decision(command) != rule["decision"] or rule["decision"] == "allow"
+            assert codex_decision(command, [rule]) is None
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -151,11 +151,19 @@ class ScriptedModel(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
+    def do_HEAD(self):
+        self.answer("application/json", b"")
+
+    do_GET = do_HEAD
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        results = [part for message in body["messages"] for part in message["content"] if part["type"] == "tool_result"]
-        self.server.first = self.server.first or body
-        self.server.results = [json.dumps(result["content"]) for result in results]
+        if not body.get("tools") or "count_tokens" in self.path:  # a title, a summary: nothing that is tested
+            return self.answer("application/json", b'{"input_tokens": 1}')
+        parts = [part for message in body["messages"] for part in message["content"] if isinstance(part, dict)]
+        results = [json.dumps(part["content"]) for part in parts if part["type"] == "tool_result"]
+        self.server.first = self.server.first or json.dumps(body)
+        self.server.results = results
         block, delta, reason = {"type": "text", "text": ""}, {"type": "text_delta", "text": "done"}, "end_turn"
         if len(results) < len(self.server.calls):
             name, arguments = self.server.calls[len(results)]
@@ -163,24 +171,38 @@ class ScriptedModel(BaseHTTPRequestHandler):
             delta, reason = {"type": "input_json_delta", "partial_json": json.dumps(arguments)}, "tool_use"
         message = {"id": "msg", "type": "message", "role": "assistant", "model": body["model"], "content": []}
         message |= {"stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 1, "output_tokens": 1}}
+        stop = {"stop_reason": reason, "stop_sequence": None}
         events = {
             "message_start": {"message": message},
             "content_block_start": {"index": 0, "content_block": block},
             "content_block_delta": {"index": 0, "delta": delta},
             "content_block_stop": {"index": 0},
-            "message_delta": {"delta": {"stop_reason": reason}, "usage": {"output_tokens": 1}},
+            "message_delta": {"delta": stop, "usage": {"output_tokens": 1}},
             "message_stop": {},
         }
         lines = (f"event: {name}\ndata: {json.dumps({'type': name} | event)}\n\n" for name, event in events.items())
-        data = "".join(lines).encode()
+        self.answer("text/event-stream", "".join(lines).encode())
+
+    def answer(self, kind, data):
         self.send_response(200)
-        self.send_header("content-type", "text/event-stream")
+        self.send_header("content-type", kind)
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
     def log_message(self, *_):
         pass
+
+
+COMPOUND = """uv run train.py > run.log
+uv run train.py 2>&1 | tee run.log
+uv run train.py && git push
+uv run train.py; rm -rf .git
+git log --oneline -5 && git push
+git commit -am "$(git push)"
+cat train.py > prepare.py""".splitlines()
+OTHER_FILES = """prepare.py results.tsv program.md tests/conftest.py .claude/overnight.json .gitignore new.py sub/train.py
+tests/train.py .git/hooks/pre-commit ../elsewhere.py""".split()
 
 
 @pytest.mark.skipif(not shutil.which("claude"), reason="needs Claude Code: npm install -g @anthropic-ai/claude-code")
@@ -192,37 +214,25 @@ def test_claude_code_itself_decides_likewise(tmp_path):
     stub.write_text("#!/bin/sh\necho uv $*\n")  # who decides is Claude Code; nothing has to be trained
     stub.chmod(0o755)
     knob = {"old_string": "SOFT_CAP = 15.0", "new_string": "SOFT_CAP = 16.0"}
-    allowed = [["Read", {"file_path": f"{clone}/train.py"}], ["Edit", {"file_path": f"{clone}/train.py"} | knob]]
-    allowed += [["Bash", {"command": command, "description": "x"}] for command in COMMANDS]
-    denied = [["Bash", {"command": command, "description": "x"}] for command in NEAR_MISSES]
-    for name in (
-        "prepare.py",
-        "results.tsv",
-        "program.md",
-        "tests/conftest.py",
-        ".claude/overnight.json",
-        ".gitignore",
-    ):
-        allowed.append(["Read", {"file_path": f"{clone}/{name}"}])
-        denied.append(["Write", {"file_path": f"{clone}/{name}", "content": "x"}])
-    for name in ("new.py", "sub/train.py", "tests/train.py", ".git/hooks/pre-commit", "../elsewhere.py"):
-        denied.append(["Write", {"file_path": f"{clone}/{name}", "content": "x"}])
+    denied = [["Write", {"file_path": f"{clone}/{name}", "content": "x"}] for name in OTHER_FILES]
+    denied += [["Bash", {"command": command, "description": "x"}] for command in NEAR_MISSES + COMPOUND]
+    allowed = [["Bash", {"command": command, "description": "x"}] for command in COMMANDS]
+    allowed += [["Read", {"file_path": f"{clone}/{name}"}] for name in ("prepare.py", "results.tsv", "train.py")]
+    allowed += [["Edit", {"file_path": f"{clone}/train.py"} | knob]]
     server = ThreadingHTTPServer(("127.0.0.1", 0), ScriptedModel)
-    server.calls, server.results, server.first = allowed + denied, [], None
+    server.calls, server.results, server.first = denied + allowed, [], ""
     threading.Thread(target=server.serve_forever, daemon=True).start()
     own = {"CLAUDE_CONFIG_DIR": str(tmp_path / "config"), "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
     own |= {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{server.server_port}", "ANTHROPIC_API_KEY": "none"}
     own |= {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
     line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("claude "))
     command, *flags, prompt = shlex.split(line)
-    subprocess.run(
-        [command, "-p", *flags, prompt], cwd=clone, env=os.environ | own, check=True, capture_output=True, timeout=300
-    )
+    night = [command, "-p", *flags, prompt]
+    subprocess.run(night, cwd=clone, env=os.environ | own, check=True, capture_output=True, timeout=300)
     server.shutdown()
     assert len(server.results) == len(server.calls)
     for (tool, arguments), result in zip(server.calls, server.results, strict=True):
         refused = re.search(r"Permission to use \w+.* has been denied|denied by your permission settings", result)
         assert bool(refused) == ([tool, arguments] in denied), (tool, arguments, result)
-    assert "# The research program" in json.dumps(
-        server.first
-    )  # through .claude/CLAUDE.md, whatever is compacted later
+    assert "SOFT_CAP = 16.0" in (clone / "train.py").read_text()
+    assert "# The research program" in server.first  # through .claude/CLAUDE.md, whatever is compacted later
