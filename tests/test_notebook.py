@@ -1,4 +1,4 @@
-"""analysis.ipynb, run from top to bottom: on ledgers as they exist, on nights with something wrong, and as it is shipped."""
+"""analysis.ipynb, run from top to bottom: on ledgers as they exist, on nights gone wrong, and as it is shipped."""
 
 import copy
 import json
@@ -18,9 +18,9 @@ NOTEBOOK = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
 
 @pytest.fixture(scope="module")
 def execute():
-    """Run all cells in a folder, in one kernel, as a user does again and again; returns what they printed and displayed.
+    """Run all cells in a folder, in one kernel, as a user does; returns what they printed and displayed.
 
-    `also` is code that is run after them.
+    `settings` is code that is run after the cell with the settings, `also` after all.
     """
     notebook = copy.deepcopy(NOTEBOOK)
     client = NotebookClient(notebook, timeout=120)
@@ -111,8 +111,8 @@ LEDGERS = {  # text: statuses of the rows, numbers of the lines that were not re
         (["keep"], [3, 4, 5, 6, 7], 1.0),
     ),
     "descriptions with everything": (
-        HEADER + 'a1b2c3d\t1.0\t1.0\tkeep\t"quoted" and \'so\' 🚀 $x^2$ $ \\alpha 幅\nb2c3d4e\t0.9\t1.0\tkeep\t"one\n'
-        'two"\nc3d4e5f\t0.95\t1.0\tdiscard\t\n',
+        HEADER + "a1b2c3d\t1.0\t1.0\tkeep\t\"quoted\" and 'so' 🚀 $x^2$ $ \\alpha 幅\nb2c3d4e\t0.9\t1.0\tkeep\t"
+        '"one\ntwo"\nc3d4e5f\t0.95\t1.0\tdiscard\t\n',
         (["keep", "keep", "discard"], [4], 0.9),
     ),
     "line ends of Windows and a byte order mark": (
@@ -214,7 +214,7 @@ def night(tmp_path):
 def test_a_clean_night_says_so_in_one_line(execute, night):
     seen = night.audit(execute)
     assert "Audit: nothing found. 4 rows, 8 runs." in seen
-    assert "not checked" not in seen
+    assert "Not checked" not in seen
 
 
 def other_figure(night):
@@ -269,7 +269,7 @@ def other_seed(night):
 FINDINGS = {
     other_figure: r"row 2 (\w{7}, keep): its val_bpb is 1.180000, but in the record 1.280000, 1.281000, 1.279000.",
     row_without_run: "row 5 (abcdef0, discard): the record has no run of it.",
-    run_without_row: r"a run has no row: finished, seed 42, of \w{7}, begun 2026-11-25T00:36:00Z.",
+    run_without_row: r"a run has no row: 1.27, seed 42, of \w{7}, begun 2026-11-25T00:36:00Z.",
     commit_unknown: "row 2 (abcdef0, keep): git does not have its commit.",
     other_file: r"row 5 (\w{7}, keep): its commit changed prepare.py, not train.py alone.",
     not_better: r"row 5 (\w{7}, keep): kept with 1.285000, not better than 1.280000 before it.",
