@@ -47,6 +47,7 @@ HEAD_CHUNK = 2**15  # tokens whose logits are in memory at a time
 EMBEDDING_LR = 0.6  # at width 768; scaled by (width / 768)^-½
 HEAD_LR = 0.004  # likewise
 SCALAR_LR = 0.5  # of the first embedding's scalars; the residual ones get a hundredth
+SHIFT_LR = 0.02  # of what each channel takes over from the token before
 ADAM_BETAS = (0.8, 0.95)
 ADAM_EPS = 1e-10
 MATRIX_LR = 0.04  # times √(rows/cols) for a tall matrix
@@ -287,6 +288,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, config.vocab_size, bias=False)
         self.residual_scales = nn.Parameter(torch.ones(depth))
         self.first_scales = nn.Parameter(torch.full((depth,), 0.1))
+        self.shift_scales = nn.Parameter(torch.full((2, width), 0.2))  # of the first two blocks
         frequency = 10_000 ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
         angle = torch.outer(torch.arange(config.seq_len).float(), frequency)[:, None]
         self.register_buffer("cos", angle.cos().to(dtype), persistent=False)
@@ -315,6 +317,8 @@ class GPT(nn.Module):
             for i, block in enumerate(self.blocks):
                 values = self.value_embeddings[str(i)](ids) if i in self.config.value_blocks else None
                 x = self.residual_scales[i] * x + self.first_scales[i] * first
+                if i < len(self.shift_scales):
+                    x = x + self.shift_scales[i] * F.pad(x, (0, 0, 1, 0))[:, :-1]
                 x = block(x, values, rotary, self.attention)
             x = norm(x)
             if targets is None:
@@ -444,6 +448,7 @@ def build_optimizer(model: GPT, compiled: bool) -> MuonAdamW:
         adam | {"params": embeddings, "lr": EMBEDDING_LR * scale},
         adam | {"params": [model.residual_scales], "lr": SCALAR_LR / 100},
         adam | {"params": [model.first_scales], "lr": SCALAR_LR},
+        adam | {"params": [model.shift_scales], "lr": SHIFT_LR},
     ]
     matrices = list(model.blocks.parameters())
     for shape in sorted({tuple(p.shape[-2:]) for p in matrices}):
