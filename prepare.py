@@ -168,11 +168,11 @@ say_once = functools.cache(say)  # for what is read more than once
 
 @contextlib.contextmanager
 def status_line(status: Callable[[], str]) -> Iterator[None]:
-    """Show what `status` returns while the block runs: live on a terminal, elsewhere a line every 12 s."""
+    """Show what `status` returns while the block runs: live on a terminal, elsewhere a line every half minute."""
     done, begin = threading.Event(), time.perf_counter()
 
     def show() -> None:
-        while not done.wait(0.2 if LIVE_END else 12.0):
+        while not done.wait(0.2 if LIVE_END else 30.0):
             line = f"{status()} ({time.perf_counter() - begin:.0f} s)"
             width = shutil.get_terminal_size().columns - 1 if LIVE_END else None
             print(f"{LIVE_END}{line[:width]}", end="\r" if LIVE_END else "\n", flush=True)
@@ -1297,8 +1297,9 @@ def read_ledger(branch: str) -> tuple[list[str], list[dict]]:
     ledger.jsonl those that a call which was cut short has not brought to git. A row typed in by hand is in none.
     """
     rows = git("show", f"refs/{branch}/ledger:./results.tsv", default="").splitlines()[1:]
-    how = ("--reverse", "-p", "-U0", "--no-color", "--no-ext-diff", "--format=", "--grep=^log ")
-    patch = git("log", *how, f"{branched_from()}..HEAD", "--", "results.tsv", default="").splitlines()
+    how = ("--reverse", "-p", "-U0", "--no-color", "--no-ext-diff", "--format=")
+    logs = ("-E", "--grep=^log (keep|discard|crash):", f"{branched_from()}..HEAD", "--", "results.tsv")
+    patch = git("log", *how, *logs, default="").splitlines()
     rows += [line[1:] for line in patch if line.startswith("+") and line.count("\t") == 4 and line[1:] != LEDGER_HEADER]
     here = {"repository": str(ROOT), "branch": branch}
     entries = [line for line in read_lines("ledger.jsonl") if line.get("row") in rows or line.items() >= here.items()]

@@ -119,6 +119,14 @@ LEDGERS = {  # text: statuses of the rows, numbers of the lines that were not re
         "\ufeff" + (HEADER + ROWS).replace("\n", "\r\n"),
         (["keep", "keep", "crash", "discard"], [], 1.29),
     ),
+    "two figures, two memories": (
+        "commit\tval_loss\tval_bpb\tmemory_mb\tmemory_gb\tstatus\tdescription\na1b2c3d\t3.1\t0.99\t1024\t1.0\tkeep\tx\n",
+        (["keep"], [], 0.99),
+    ),
+    "statuses that say two things, or no": (
+        HEADER + "a1b2c3d\t1.0\t1\tnot kept\tx\na1b2c3d\t1.0\t1\tcrash, then keep\tx\na1b2c3d\t1.0\t1\tKEEP ✅\tx\n",
+        (["keep"], [2, 3], 1.0),
+    ),
     "no ledger at all": ("\x00\x01\x02 binary \xff\n" + "x" * 200_000 + ",y,z\n", ([], [1, 2], None)),
     "all figures equal": (HEADER + "a1b2c3d\t1.0\t1.0\tkeep\tx\n" * 3, (["keep"] * 3, [], 1.0)),
     "one that went astray": (

@@ -154,7 +154,7 @@ class ScriptedModel(BaseHTTPRequestHandler):
     def do_HEAD(self):
         self.answer("application/json", b"")
 
-    do_GET = do_HEAD
+    do_GET = do_HEAD  # noqa: N815
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -201,8 +201,17 @@ uv run train.py; rm -rf .git
 git log --oneline -5 && git push
 git commit -am "$(git push)"
 cat train.py > prepare.py""".splitlines()
-OTHER_FILES = """prepare.py results.tsv program.md tests/conftest.py .claude/overnight.json .gitignore new.py sub/train.py
-tests/train.py .git/hooks/pre-commit ../elsewhere.py""".split()
+OTHER_FILES = """prepare.py
+results.tsv
+program.md
+tests/conftest.py
+.claude/overnight.json
+.gitignore
+new.py
+sub/train.py
+tests/train.py
+.git/hooks/pre-commit
+../elsewhere.py""".splitlines()
 
 
 @pytest.mark.skipif(not shutil.which("claude"), reason="needs Claude Code: npm install -g @anthropic-ai/claude-code")
