@@ -10,6 +10,8 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
+import prepare
+
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 ROWS = "a1b2c3d\t1.300000\t1.4\tkeep\tbaseline\nb2c3d4e\t1.290000\t1.4\tkeep\thigher rate\n"
 ROWS += "c3d4e5f\t0.000000\t0.0\tcrash\twidth 10,000\nd4e5f6a\t1.310000\t1.4\tdiscard\tno value embeddings\n"
@@ -129,6 +131,19 @@ LEDGERS = {  # text: statuses of the rows, numbers of the lines that were not re
     ),
     "no ledger at all": ("\x00\x01\x02 binary \xff\n" + "x" * 200_000 + ",y,z\n", ([], [1, 2], None)),
     "all figures equal": (HEADER + "a1b2c3d\t1.0\t1.0\tkeep\tx\n" * 3, (["keep"] * 3, [], 1.0)),
+    "a result that is a status": (
+        "commit,val_loss,result,description\na1b2c3d,0.99,keep,x\nb2c3d4e,1.2,Discarded,y\n",
+        (["keep", "discard"], [], 0.99),
+    ),
+    "semicolons": (
+        "; night of March 10\ncommit;val_bpb;status;description\na1b2c3d;0.99;keep;wider, and deeper\n"
+        ';1.2;discard;"a; b"\n',
+        (["keep", "discard"], [1], 0.99),
+    ),
+    "a header that is not recognised": (
+        "id\tloss at the end\tGiB\tgood\twhat\n" + ROWS,
+        (["keep", "keep", "crash", "discard"], [1], 1.29),
+    ),
     "one that went astray": (
         HEADER + ROWS + "e5f6a7b\t97.3\t1.4\tdiscard\tdiverged\n",
         (["keep", "keep", "crash", "discard", "discard"], [], 1.29),
@@ -140,6 +155,7 @@ LEDGERS = {  # text: statuses of the rows, numbers of the lines that were not re
 def test_every_ledger_is_read_or_its_lines_are_listed(execute, tmp_path, name):
     text, expected = LEDGERS[name]
     (tmp_path / "results.tsv").write_text(text)
+    (tmp_path / "progress.png").write_text("of another ledger")
     best = "None if ledger.best.dropna().empty else float(ledger.best.iloc[-1])"
     seen = execute(
         tmp_path, f"RUNS = {str(tmp_path)!r}", f"print((ledger.status.tolist(), unread.index.tolist(), {best}))"
@@ -148,6 +164,13 @@ def test_every_ledger_is_read_or_its_lines_are_listed(execute, tmp_path, name):
     statuses, unread, _ = expected
     assert (f"{len(unread)} lines were not read:" in seen) == bool(unread)
     assert ("no experiments yet" in seen) == (not statuses)
+    assert ("Nothing was audited: the ledger has no rows." in seen) == (not statuses)
+    assert ("Not checked: figures, seeds" in seen) == bool(statuses)
+    assert "nothing found" not in seen
+    said = (
+        "No header was recognised before the first row: its columns were taken to be commit, val_bpb, memory_gb, status"
+    )
+    assert (said in seen) == (name in ("no header", "a header that is not recognised"))
     drawn = any(status != "crash" for status in statuses)
     assert (tmp_path / "progress.png").exists() == drawn
 
@@ -177,6 +200,7 @@ class Night:
         self.experiment("wider", "keep", [1.28, 1.281, 1.279])
         self.experiment("deeper", "discard", [1.31])
         self.experiment("wrong", "crash", [])
+        self.keep_ledger()
 
     def git(self, *arguments):
         command = ["git", *arguments]
@@ -199,10 +223,20 @@ class Night:
             self.git("reset", "-q", "--hard", "HEAD~1")
         self.rows.append(row)
         entry = {"id": f"x {number}", "run": self.runs[-1]["id"], "branch": "autoresearch/x", "status": status}
+        entry |= {"repository": str(self.path), "harness": "h1", "device": "cpu (AVX2)"}
         self.entries.append(entry | {"commit": commit, "train_sha256": what, "row": row})
         self.write()
         self.git("add", "results.tsv")
         self.git("commit", "-qm", f"log {status}: {what}")
+
+    def keep_ledger(self):
+        """As prepare.py does: git keeps the ledger's commit, whatever becomes of the branch."""
+        self.git("update-ref", "refs/autoresearch/x/ledger", "HEAD")
+
+    def old(self, number, when, **changes):
+        """A run like one of the night, but of another time."""
+        changes = {"id": f"old {len(self.runs)}", "time": when} | changes
+        self.runs.insert(0, self.runs[number] | changes)
 
     def write(self):
         (self.path / "results.tsv").write_text(HEADER + "".join(f"{row}\n" for row in self.rows))
@@ -223,6 +257,10 @@ def test_a_clean_night_says_so_in_one_line(execute, night):
     seen = night.audit(execute)
     assert "Audit: nothing found. 4 rows, 8 runs." in seen
     assert "Not checked" not in seen
+    assert re.search(r"runs +8: 0.8 hours out of 0.8, 10.0 an hour", seen)
+    assert re.search(r"val_bpb of seed 42, as in the rows, first kept to best +1.300000 to 1.280000", seen)
+    assert re.search(r"val_bpb, mean over seeds, first kept to best +1.300000 \(mean of 3 seeds\) to 1.280000", seen)
+    assert re.search(r"commit +val_bpb of seed 42 +mean over seeds +seeds +gain", seen)
 
 
 def other_figure(night):
@@ -249,6 +287,30 @@ def other_file(night):
 
 def not_better(night):
     night.experiment("hopeful", "keep", [1.285])
+
+
+def row_deleted(night):
+    del night.rows[2]
+
+
+def row_deleted_in_git_alone(night):
+    night.entries.clear()
+    del night.rows[2]
+
+
+def row_changed(night):
+    night.git("update-ref", "-d", "refs/autoresearch/x/ledger")
+    night.rows[2] = night.rows[2].replace("deeper", "broader")
+
+
+def row_changed_on_main(night):
+    del night.entries[3:]
+    night.git("checkout", "-q", "main")
+    night.rows[2] = night.rows[2].replace("deeper", "broader")
+
+
+def seed_again(night):
+    night.runs.append(night.runs[3] | {"id": "again", "time": "2026-11-25T00:50:00Z", "val_bpb": 1.283})
 
 
 def other_harness(night):
@@ -280,7 +342,12 @@ FINDINGS = {
     run_without_row: r"a run has no row: 1.27, seed 42, of \w{7}, begun 2026-11-25T00:36:00Z.",
     commit_unknown: "row 2 (abcdef0, keep): git does not have its commit.",
     other_file: r"row 5 (\w{7}, keep): its commit changed prepare.py, not train.py alone.",
-    not_better: r"row 5 (\w{7}, keep): kept with 1.285000, not better than 1.280000 before it.",
+    not_better: r"row 5 (\w{7}, keep): kept with 1.285000 (1 seed), worse than 1.280000 (mean of 3 seeds) before it",
+    row_deleted: r"logged on autoresearch/x, but not in the ledger: \w{7} 1.310000 1.4 discard",
+    row_deleted_in_git_alone: r"logged on autoresearch/x, but not in the ledger: \w{7} 1.310000 1.4 discard",
+    row_changed: r"row 3 (\w{7}, discard): it was not logged as it stands: on autoresearch/x no such row was.",
+    row_changed_on_main: r"row 3 (\w{7}, discard): it was not logged as it stands: on autoresearch/x no",
+    seed_again: r"row 2 (\w{7}, keep): seed 42 of \w{7} was run 2 times: 1.280000 to 1.283000.",
     other_harness: r"row 2 (\w{7}, keep): run with harness h2, the row before with h1: they do not compare.",
     other_device: r"row 3 (\w{7}, discard): run with device cpu (AVX512), the row before with cpu (AVX2): they do not",
     uncommitted: r"row 3 (\w{7}, discard): its run was of a train.py that was not committed.",
@@ -298,11 +365,86 @@ def test_what_does_not_fit_is_a_sentence(execute, night, spoil):
     assert "nothing found" not in seen
 
 
-def test_gains_within_the_noise_are_marked(execute, night):
+def test_a_keep_within_the_noise_is_marked_and_not_accused(execute, night):
     night.experiment("hardly", "keep", [1.2795])
+    night.experiment("simpler", "keep", [1.2805])
+    night.keep_ledger()
     seen = night.audit(execute)
-    assert "within the noise" in seen
+    assert re.search(r"row 5 \(\w{7}, keep\): kept within the noise, -0.27 x it: right only if it is simpler\.", seen)
+    assert re.search(r"row 6 \(\w{7}, keep\): kept within the noise, \+0.45 x it: right only if it is simpler\.", seen)
+    assert "Audit: nothing found. 6 rows, 10 runs." in seen
+    assert "within the noise" in seen.split("so it is")[1]
     assert "better" in seen
+
+
+def test_a_keep_without_a_known_noise_is_not_accused(execute, tmp_path):
+    (tmp_path / "results.tsv").write_text(HEADER + ROWS + "e5f6a7b\t1.295000\t1.4\tkeep\tsimpler\n")
+    seen = execute(tmp_path, f"RUNS = {str(tmp_path)!r}")
+    assert (
+        "row 5 (e5f6a7b, keep): kept with 1.295000, not better than 1.290000 before it, where the noise isn't" in seen
+    )
+    assert "What was checked fits together. 5 rows, 0 runs." in seen
+    assert "mean over seeds" not in seen
+
+
+def test_runs_of_another_time_and_of_other_nights_spoil_nothing(execute, night):
+    night.runs.append(night.runs[0] | {"id": "next", "time": "2026-11-27T00:00:00Z", "val_bpb": 1.3})
+    night.runs.append(night.runs[0] | {"id": "new", "time": "2026-11-27T01:00:00Z", "train_sha256": "new"})
+    night.entries.append(night.entries[0] | {"id": "y", "run": "next", "branch": "autoresearch/y", "row": "other"})
+    night.old(0, "2026-11-20T00:00:00Z", val_bpb=1.31)
+    night.old(0, "2026-11-20T01:00:00Z", train_sha256="by hand")
+    night.old(4, "2026-11-25T00:01:00Z", train_sha256="of another clone", repository="/elsewhere")
+    seen = night.audit(execute)
+    assert "Audit: nothing found. 4 rows, 8 runs." in seen
+    assert re.search(r"runs +8: 0.8 hours out of 0.8, 10.0 an hour", seen)
+
+
+def test_a_row_has_the_run_that_was_logged_for_it(execute, night):
+    """Not the newest of its commit: that is of another clone here, on another device."""
+    night.runs.append(night.runs[3] | {"id": "elsewhere", "repository": "/elsewhere", "device": "cpu (AVX512)"})
+    night.entries[1]["run"] = "run 3"
+    night.write()
+    seen = execute(
+        night.path, f"RUNS = {str(night.cache)!r}", "print(record['own'][2]['id'], ledger['seeds'].tolist())"
+    )
+    assert seen.splitlines()[-1] == "run 3 [3, 3, 1, 0]"
+
+
+def test_the_noise_is_that_of_prepare(execute, night, monkeypatch):
+    """Of all runs that compare, with a row or without, and the newest figure of a seed that was run again."""
+    other = {"train_sha256": "tried by hand", "repository": "/elsewhere"}
+    night.old(0, "2026-11-20T00:00:00Z", seed=44, val_bpb=1.4)
+    for number, figure in enumerate((1.5, 1.51, 1.53)):
+        night.old(0, "2026-11-20T00:00:00Z", seed=number, val_bpb=figure, **other)
+    night.old(0, "2026-11-20T00:00:00Z", seed=9, val_bpb=1.9, device="cpu (AVX512)", **other)
+    night.old(0, "2026-11-20T00:00:00Z", seed=9, val_bpb=1.9, harness="h0", **other)
+    night.write()
+    monkeypatch.setattr(prepare, "read_lines", lambda name: night.runs)
+    monkeypatch.setattr(prepare, "read_ledger", lambda branch: ([], []))
+    expected = prepare.comparison(night.runs[-1])["noise"].split()[0]
+    seen = execute(night.path, f"RUNS = {str(night.cache)!r}", "print(f'{noise:.6f}')")
+    assert seen.splitlines()[-1] == expected
+
+
+def test_the_picture_has_a_title_and_time_begins_with_the_first_run(execute, night):
+    also = "figure = draw(ledger, noise, 'title'); plt.close(); print(ledger.hours.round(3).tolist(),"
+    also += "figure.axes[-1].get_xlim()[0], figure.axes[0].get_ylabel(), figure.get_suptitle(), '+',"
+    also += "name_of(record['branch']), days_of(record['night']))"
+    night.write()
+    seen = execute(night.path, f"RUNS = {str(night.cache)!r}", also)
+    assert (
+        seen.splitlines()[-1]
+        == "[0.1, 0.4, 0.7, 0.8] 0.0 val_bpb of seed 42 (lower is better) title + autoresearch/x 2026-11-25"
+    )
+
+
+def test_descriptions_are_shown_whole_and_functions_have_docstrings(execute, tmp_path):
+    (tmp_path / "results.tsv").write_text(HEADER + ROWS.replace("baseline", "words " * 30 + "at the end"))
+    also = "import inspect; print([name for name, it in globals().items() if inspect.isfunction(it) and not it.__doc__"
+    also += " and it.__module__ == '__main__'])"
+    seen = execute(tmp_path, f"RUNS = {str(tmp_path)!r}", also)
+    assert "words " * 30 + "at the end" in seen
+    assert seen.splitlines()[-1] == "[]"
 
 
 def test_the_shipped_notebook_was_executed_and_names_no_path():
@@ -313,7 +455,14 @@ def test_the_shipped_notebook_was_executed_and_names_no_path():
         assert path not in text
 
 
-def test_the_shipped_notebook_runs_on_the_shipped_ledger(execute):
-    assert (ROOT / "results.tsv").read_text().startswith(HEADER)
-    seen = execute(ROOT)
-    assert "Audit: nothing found" in seen
+def test_the_shipped_notebook_runs_on_the_shipped_ledger_in_a_fresh_clone(execute, tmp_path):
+    """There is no record of the runs there, and it says so."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True, capture_output=True)
+    assert (clone / "results.tsv").read_text().startswith(HEADER)
+    seen = execute(clone, f"RUNS = {str(tmp_path)!r}", "print(len(ledger) > 0, len(unread), found)")
+    assert "Not checked: figures, seeds, harness and device, as the record on this machine has no run of these" in seen
+    assert "Not checked: whether rows were changed or deleted by hand" in seen
+    assert "nothing found" not in seen
+    assert seen.splitlines()[-1] == "True 0 []"
+    assert (clone / "progress.png").exists()

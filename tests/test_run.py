@@ -48,11 +48,12 @@ def clone(tmp_path):
     for name in ("prepare.py", "train.py", "results.tsv"):
         shutil.copy(ROOT / name, path)
     (path / "results.tsv").write_text((ROOT / "results.tsv").read_text().splitlines()[0] + "\n")
-    git(path, "init", "-q", "-b", "autoresearch/test")
+    git(path, "init", "-q", "-b", "main")
     git(path, "config", "user.name", "test")
     git(path, "config", "user.email", "test@example.invalid")
     git(path, "add", "-A")
     git(path, "commit", "-qm", "start")
+    git(path, "checkout", "-q", "-b", "autoresearch/test")
     return path
 
 
