@@ -1082,11 +1082,10 @@ class Run:
         """Judge the weights of stop() and complete the summary. Its nine lines are an interface: scripts grep them."""
         if not self.weights or self.summary:
             raise ValueError(ORDER)
-        passed = time.perf_counter() - self.began - self.seconds
-        if passed > LATE or digest_tensors([*model.parameters(), *model.buffers()]) != self.weights:
-            raise ValueError(
-                f"{passed:.0f} s after stop() parameters or buffers changed, or time passed: train before it"
-            )
+        if digest_tensors([*model.parameters(), *model.buffers()]) != self.weights:
+            raise ValueError("parameters or buffers changed after stop(): what changes them belongs before it")
+        if (passed := time.perf_counter() - self.began - self.seconds) > LATE:
+            raise ValueError(f"finish() came {passed:.0f} s after stop(): at most {LATE} s may pass between them")
         val_bpb = evaluate_bpb(model, self.tokenizer, batch_size)
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB on Linux
         resident /= 2**20 if sys.platform == "darwin" else 2**10
@@ -1211,7 +1210,7 @@ def comparison(record: dict) -> dict[str, str]:
     Both are means over seeds: the noise of their difference is noise * sqrt(1 / seeds + 1 / seeds of the best).
     """
     figures, lines = {}, {}  # train_sha256: {seed: val_bpb}
-    for run in comparable_runs(record):
+    for run in (*comparable_runs(record), record):  # itself too, for on a full disk it is not on record
         figures.setdefault(run["train_sha256"], {})[run["seed"]] = run["val_bpb"]
     means = {text: statistics.fmean(seeds.values()) for text, seeds in figures.items()}
     several = {text: list(seeds.values()) for text, seeds in figures.items() if len(seeds) > 1}
@@ -1235,7 +1234,8 @@ def comparison(record: dict) -> dict[str, str]:
 
 def git(*arguments: str, text: str | None = None, default: str | None = None) -> str:
     """Output of a git command in this repository. Where it fails: `default`, else SystemExit with what git said."""
-    command = ["env", "git", "-C", str(ROOT), "-c", "core.quotepath=off", *arguments]
+    settings = ("-c", "core.quotepath=off", "-c", "commit.gpgSign=false")  # nobody is there to type a passphrase
+    command = ["env", "git", "-C", str(ROOT), *settings, *arguments]  # env: where git is missing it says so by status
     result = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", errors="replace")
     if result.returncode and default is None:
         raise SystemExit(f"`git {' '.join(arguments[:2])}` failed: {result.stderr.strip()}")
@@ -1276,7 +1276,9 @@ def read_lines(name: str) -> list[dict]:
 
 def branched_from() -> str:
     """The commit where the branch left main; empty if git knows no main."""
-    names = ("main", "master", "origin/HEAD", "origin/main", "origin/master")
+    names = ["main", "master", "origin/main", "origin/master"]
+    if not git("rev-parse", "--abbrev-ref", "origin/HEAD", default="").startswith("origin/autoresearch/"):
+        names.append("origin/HEAD")  # of a clone of a checkout that is on a branch for experiments it is that branch
     return next(filter(None, (git("merge-base", "HEAD", name, default="") for name in names)), "")
 
 
@@ -1293,14 +1295,16 @@ def train_of(commit: str) -> str:
 def read_ledger(branch: str) -> tuple[list[str], list[dict]]:
     """Return the rows that were logged on a branch, in order, and what ledger.jsonl says of them.
 
-    Rows are in the ledger that git keeps for the branch, in the log commits on it (a clone has only these), and in
-    ledger.jsonl those that a call which was cut short has not brought to git. A row typed in by hand is in none.
+    Rows are in the ledger that git keeps for the branch, in the log commits that name it or that main does not have (a
+    clone has only these), and in ledger.jsonl those that a call which was cut short has not brought to git. A row typed
+    in by hand is in none.
     """
     rows = git("show", f"refs/{branch}/ledger:./results.tsv", default="").splitlines()[1:]
-    how = ("--reverse", "-p", "-U0", "--no-color", "--no-ext-diff", "--format=")
-    logs = ("-E", "--grep=^log (keep|discard|crash):", f"{branched_from()}..HEAD", "--", "results.tsv")
-    patch = git("log", *how, *logs, default="").splitlines()
-    rows += [line[1:] for line in patch if line.startswith("+") and line.count("\t") == 4 and line[1:] != LEDGER_HEADER]
+    how = ("--reverse", "--full-history", "-p", "-U0", "--text", "--no-color", "--no-ext-diff", "--format=", "-E")
+    for where in (("HEAD", "--all-match", f"--grep=^{re.escape(branch)}$"), (f"{branched_from()}..HEAD",)):
+        logs = git("log", *how, "--grep=^log (keep|discard|crash):", *where, "--", "results.tsv", default="")
+        added = (line[1:] for line in logs.splitlines() if line.startswith("+") and line.count("\t") == 4)
+        rows += [row for row in added if row != LEDGER_HEADER]
     here = {"repository": str(ROOT), "branch": branch}
     entries = [line for line in read_lines("ledger.jsonl") if line.get("row") in rows or line.items() >= here.items()]
     wanted = "".join(f"{entry['commit']}\n" for entry in entries)
@@ -1313,17 +1317,23 @@ def write_ledger(branch: str) -> None:
     """Bring results.tsv to what was logged, commit it, and have git keep that commit and each row's under refs/."""
     rows, entries = read_ledger(branch)
     text = "\n".join([LEDGER_HEADER, *rows])
+    keep_commits(branch, {entry["commit"][:7]: entry["commit"] for entry in entries})
     try:
         write(ROOT / "results.tsv", text)
         if git("show", "HEAD:./results.tsv", default="") != text:
             _, _, _, status, description = rows[-1].split("\t")
             git("add", "-f", "results.tsv")
-            git("commit", "-q", "--no-verify", "-m", f"log {status}: {description}", "--", "results.tsv")
+            message = f"log {status}: {description}\n\n{branch}"
+            git("commit", "-q", "--no-verify", "--cleanup=verbatim", "-m", message, "--", "results.tsv")
     except (OSError, SystemExit) as error:
         advice = "The row is safe: when that is mended, the same command again commits it"
         raise SystemExit(f"results.tsv was not committed: {error}. {advice}") from None
-    refs = {entry["commit"][:7]: entry["commit"] for entry in entries} | {"ledger": git("rev-parse", "HEAD")}
-    git("update-ref", "--stdin", text="".join(f"update refs/{branch}/{name} {refs[name]}\n" for name in refs))
+    keep_commits(branch, {"ledger": git("rev-parse", "HEAD")})
+
+
+def keep_commits(branch: str, commits: dict[str, str]) -> None:
+    """Have git keep commits, by name, under refs/ and the branch: no reset and no garbage collection takes them."""
+    git("update-ref", "--stdin", text="".join(f"update refs/{branch}/{name} {commits[name]}\n" for name in commits))
 
 
 def kept_last(rows: list[str]) -> str:
@@ -1362,8 +1372,10 @@ def log(status: str, description: str) -> None:
             kept, then = kept_last(rows), 'edit train.py, `git commit -am "<idea>"`, `uv run train.py`'
             if kept and git("merge-base", "--is-ancestor", kept, "HEAD", default="no"):
                 then = f"the branch lacks what was kept last: `{way_back(branch, kept)}`"
+            if not rows:
+                then = "the baseline, `uv run train.py`"
             raise SystemExit(f"nothing to log: the last run has its row{where}, {entry['row']!r}. Next: {then}")
-        refuse_row(run, status, branch, rows)
+        refuse_row(run, status, branch, rows, entries)
         commit = git("rev-parse", "HEAD") if status == "keep" else commit_of(run)
         bpb, memory = 0.0, 0.0
         if status != "crash":
@@ -1375,9 +1387,16 @@ def log(status: str, description: str) -> None:
         if row in rows:
             raise SystemExit(f"the ledger has this very row: say in its description what was different. {row!r}")
         entry = {"id": f"{branch} {run['id']}", "run": run["id"], "repository": str(ROOT), "branch": branch}
-        entry |= {"commit": commit, "train_sha256": run["train_sha256"], "status": status, "row": row}
-        append_line("ledger.jsonl", entry)
+        entry |= {"commit": commit, "status": status, "row": row}
+        entry |= {name: run[name] for name in ("train_sha256", "harness", "device")}
+        try:
+            append_line("ledger.jsonl", entry)
+        except OSError as error:
+            advice = "Free some space there, then log again"
+            raise SystemExit(f"nothing was logged: {cache_root()} can't be written: {error}. {advice}") from None
         write_ledger(branch)
+        if status == "keep" and len(rows) and len({other["seed"] for other in seeds_of(run)}) < 3:
+            print("kept on fewer than three seeds: by one alone the luckiest of many ideas looks good")
         print(row)
 
 
@@ -1392,8 +1411,12 @@ def show_ledger() -> None:
     seen = {"last run": f"{run['status']}, seed {run['seed']}, of {run['commit'][:7]}, begun {run['time']}"}
     if run["status"] == "finished":
         seen |= {"val_bpb": f"{run['val_bpb']:.6f}"} | comparison(run)
-    entry = entry_of(run, entries)
-    seen["its row"] = entry["row"] if entry else "none yet: log it, or run what else it needs"
+    seen["its row"] = "none yet: log it, or run what else it needs"
+    if entry := entry_of(run, entries):
+        seen["its row"] = entry["row"] + f" (on {entry['branch']})" * (entry["row"] not in rows)
+    seen["all runs"] = str(cache_root() / "runs.jsonl")
+    if not rows:
+        seen["next"] = '`uv run train.py`, the baseline, and `uv run prepare.py log keep "baseline"`'
     print(*(f"{name + ':':<18}{value}" for name, value in seen.items()), sep="\n")
 
 
@@ -1434,16 +1457,16 @@ def seeds_of(run: dict) -> list[dict]:
     return [other for other in comparable_runs(run)[::-1] if other["train_sha256"] == run["train_sha256"]]
 
 
-def refuse_row(run: dict, status: str, branch: str, rows: list[str]) -> None:
+def refuse_row(run: dict, status: str, branch: str, rows: list[str], entries: list[dict]) -> None:
     """Raise SystemExit, with what to do, if a run can't have a row of this status in the ledger of the branch."""
     if not (base := branched_from()):
         raise SystemExit("git knows no main to compare with: `git branch main <the commit where your work began>`")
     tried, seeds, others = run["train_source"].strip(), seeds_of(run), ("--", ".", ":!results.tsv", ":!train.py")
     there = train_of("HEAD") == tried
     get_back = "" if there or status == "crash" else f"`git reset --hard {commit_of(run)[:7]}`, "
-    if status == "crash" and run["status"] == "finished":
+    if status == "crash" and seeds:
         advice = '`uv run prepare.py log discard "…"`, or keep'
-        raise SystemExit(f"the last run finished, with val_bpb {run['val_bpb']:.6f}: {advice}")
+        raise SystemExit(f"this train.py has a figure, val_bpb {seeds[0]['val_bpb']:.6f}: {advice}")
     if status != "crash" and not seeds:
         advice = '`uv run prepare.py log crash "…"`'
         if run["status"] in ("killed", "stopped"):
@@ -1461,10 +1484,19 @@ def refuse_row(run: dict, status: str, branch: str, rows: list[str]) -> None:
         amend = "`git commit -a --amend --no-edit --allow-empty`, " if committed else ""
         undo = f"`git restore -s {base[:7]} -SW {shlex.join(changed)}`, {amend}"
         raise SystemExit(f"only train.py may change, but {', '.join(changed)} did, too: {undo}and log again")
+    if git("hash-object", "prepare.py") != git("rev-parse", f"{base}:./prepare.py"):
+        shown = "`git update-index --no-skip-worktree --no-assume-unchanged prepare.py`"
+        raise SystemExit(f"prepare.py is not that of {base[:7]}, and git was told to hide it: {shown}, and log again")
     if modules := git("ls-files", "--others", "--exclude-standard", "--", "*.py").splitlines():
         raise SystemExit(f"{', '.join(modules)}: no commit has it, so the run can't be repeated. Move it into train.py")
     if run.get("prepare_sha256") != SOURCE_SHA256:
         raise SystemExit("the last run was judged by another prepare.py and does not compare: `uv run train.py`")
+    before = next((entry for entry in entries[::-1] if entry["status"] == "keep" and "harness" in entry), run)
+    judges = [f"{judged['harness']} on {judged['device']}" for judged in (run, before)]
+    if status != "crash" and judges[0] != judges[1]:
+        seen = f"the last run is of harness {judges[0]}, what was kept of {judges[1]}: they do not compare"
+        advice = "Run it there, `uv run train.py`, or begin a new branch, `git checkout -b autoresearch/<tag> main`"
+        raise SystemExit(f"{seen}. {advice}")
     if status == "keep":
         if not there:
             advice = f"is not that of HEAD, but of its commit: {get_back}and log again"

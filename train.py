@@ -83,7 +83,7 @@ def choose_attention(device: torch.device, compiled: bool) -> tuple[str, str]:
             raise SystemExit(f"AUTORESEARCH_ATTENTION={FORCED_BACKEND} does not work: {in_a_line(error)}") from None
         return FORCED_BACKEND, "AUTORESEARCH_ATTENTION says so"
     if device.type == "cpu":
-        return "matmul", "on a CPU it takes less time than scaled_dot_product_attention, compiled half of it"
+        return "matmul", "on a CPU it takes less time than scaled_dot_product_attention, half the time when compiled"
     if not compiled:
         return "sdpa", "FlexAttention has to be compiled"
     if torch.cuda.get_device_capability() != (9, 0):

@@ -23,7 +23,7 @@ DOCUMENTED = [
     for line in block.splitlines()
 ]
 SHORTER = {
-    "prepare.py": {"TIME_BUDGET = 300": "TIME_BUDGET = 0.5", "RUN_LIMIT = 600": "RUN_LIMIT = 12"},
+    "prepare.py": {"TIME_BUDGET = 300": "TIME_BUDGET = 0.5", "RUN_LIMIT = 600": "RUN_LIMIT = 120"},
     "train.py": {"    DEPTH = 4": "    DEPTH = 1", "    TOTAL_BATCH_SIZE = 2**14": "    TOTAL_BATCH_SIZE = 2**12"},
 }
 
@@ -189,7 +189,7 @@ RUN, SEEDS = "uv run train.py", ("uv run train.py --seed 43", "uv run train.py -
 COMMIT, RESET = "git commit -am", "git reset --hard HEAD~1"
 KEEP, DISCARD, CRASH = (f"uv run prepare.py log {status}" for status in ("keep", "discard", "crash"))
 WRONG = "GPT.forward = lambda *_: 1 / 0"
-HANG = "GPT.forward = lambda *_: __import__('time').sleep(600)"
+HANG = "__import__('prepare').RUN_LIMIT = 5; GPT.forward = lambda *_: __import__('time').sleep(600)"
 
 
 @pytest.fixture(scope="module")
@@ -519,11 +519,15 @@ def test_rows_outlive_the_cache_folder(night, lost):
     assert len(night.rows) == 6
 
 
-def test_a_clone_of_the_branch_goes_on_with_its_ledger(night):
+@pytest.mark.parametrize("how", ["as it is", "with a main", "of a checkout whose main has the branch"])
+def test_a_clone_of_the_branch_goes_on_with_its_ledger(night, how):
+    if how == "of a checkout whose main has the branch":
+        night.git("branch", "-f", "main", "HEAD")
     first, night.clone = night.clone, night.path / "elsewhere"
     try:
         night.git("clone", "-q", str(first), str(night.clone), cwd=night.path)
-        night.git("fetch", "-q", "origin", "main:main")
+        if how == "with a main":
+            night.git("fetch", "-q", "origin", "main:main")
         night.git("config", "user.name", "test")
         night.git("config", "user.email", "test@example.invalid")
         night.edit()
@@ -748,4 +752,96 @@ def test_a_train_py_that_is_gone_comes_back(night):
     (night.clone / "train.py").unlink()
     night.carry_on(documented(KEEP))
     night.git("checkout", "-q", "train.py")
+    night.verify()
+
+
+def test_a_merge_that_dropped_rows_and_an_attribute_lose_none(night):
+    night.git("branch", "other", "HEAD~2")
+    night.edit()
+    for command in (COMMIT, RUN, KEEP):
+        night.carry_on(documented(command))
+    for name in night.git("for-each-ref", "--format=%(refname)", "refs/autoresearch/").split():
+        night.git("update-ref", "-d", name)
+    (night.path / "cache" / "ledger.jsonl").unlink()
+    night.git("merge", "-q", "-s", "ours", "--no-ff", "-m", "a merge", "other")
+    (night.clone / ".git" / "info" / "attributes").write_text("*.tsv -diff\n")
+    expected = [HEADER, *night.rows]
+    assert night.do("uv run prepare.py log")[1].splitlines()[: len(expected)] == expected
+
+
+def test_a_figure_of_another_corpus_is_not_kept_beside_those_of_this_one(night, folder):
+    night.edit()
+    night.do(documented(COMMIT))
+    assert night.do(f"{RUN} --corpus {folder / 'drawing'}")[0] == 0
+    for command in (KEEP, DISCARD):
+        if command == DISCARD:
+            night.do(RESET)
+        refused(night, command, "they do not compare. Run it there, `uv run train.py`, or begin a new branch")
+
+
+@pytest.mark.parametrize("flag", ["--skip-worktree", "--assume-unchanged"])
+def test_a_judge_that_git_was_told_to_overlook_is_seen(night, flag):
+    night.back_to("better committed")
+    night.git("update-index", flag, "prepare.py")
+    with (night.clone / "prepare.py").open("a") as file:
+        file.write("# a change\n")
+    night.do(RUN)
+    text = refused(night, KEEP, "prepare.py is not that of ")
+    night.git(*shlex.split(re.search("`git (update-index .*?)`", text)[1]))
+    for advice in ("only train.py may change, but prepare.py did, too: ", "was judged by another prepare.py"):
+        for command in re.findall("`(.*?)`", refused(night, KEEP, advice)):
+            night.do(command)
+    assert night.do(documented(KEEP))[0] == 0
+    night.verify()
+
+
+def test_what_has_a_figure_is_no_crash(night):
+    night.edit("if '43' in __import__('sys').argv: GPT.forward = lambda *_: 1 / 0")
+    for command in (COMMIT, RUN):
+        night.do(documented(command))
+    assert night.do(SEEDS[0])[0] == 1
+    night.do(RESET)
+    refused(night, CRASH, "this train.py has a figure, val_bpb")
+    assert night.do(documented(DISCARD))[0] == 0
+    night.verify()
+
+
+def test_a_full_disk_is_one_clear_message(night):
+    night.back_to("better run")
+    ledger = night.path / "cache" / "ledger.jsonl"
+    ledger.rename(night.path / "aside")
+    ledger.symlink_to("/dev/full")
+    text = refused(night, KEEP, "nothing was logged: ")
+    assert "No space left on device. Free some space there, then log again" in text.replace(f": {ledger}", "")
+    ledger.unlink()
+    (night.path / "aside").rename(ledger)
+    night.carry_on(documented(KEEP))
+    night.verify()
+
+
+def test_a_commit_that_git_refuses_is_kept_from_garbage_collection_meanwhile(night):
+    night.back_to("worse reset")
+    (night.clone / ".git" / "index.lock").touch()
+    refused(night, DISCARD, "The row is safe")
+    (night.clone / ".git" / "index.lock").unlink()
+    night.git("reflog", "expire", "--expire=now", "--all")
+    night.git("gc", "-q", "--prune=now")
+    night.rows.append(row_in(night.do(documented(DISCARD))[1]))
+    night.verify()
+
+
+def test_a_signature_that_nobody_can_give_is_not_asked_for(night):
+    night.back_to("better run")
+    night.git("config", "commit.gpgSign", "true")
+    night.git("config", "gpg.program", "false")
+    night.carry_on(documented(KEEP))
+    night.verify()
+
+
+@pytest.mark.parametrize(("seeds", "warned"), [((), True), (SEEDS, False)])
+def test_what_is_kept_on_one_seed_says_so(night, seeds, warned):
+    night.edit()
+    for command in (COMMIT, RUN, *seeds):
+        night.do(documented(command))
+    assert ("kept on fewer than three seeds" in night.do(documented(KEEP))[1]) == warned
     night.verify()

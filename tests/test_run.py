@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -117,6 +118,8 @@ def test_two_runs_of_one_seed_start_alike_and_another_seed_does_not(command, clo
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_is_logged_as_a_crash(command, clone, folder, corpus):
+    (clone / "train.py").write_text((ROOT / "train.py").read_text() + "# no other test runs this, with a figure\n")
+    git(clone, "commit", "-qam", "a text of its own")
     change = f"{UNCOMPILED}; {SMALLER}; train.HEAD_LR = float('nan')"
     result = command("-c", SHORT.format(change=change), "--corpus", folder, cwd=clone)
     assert result.returncode == 1
@@ -345,13 +348,16 @@ def ledger(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "ROOT", tmp_path)
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
     git(tmp_path, "init", "-q", "-b", "autoresearch/test")
+    who = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
 
     def add(number, val_bpb, text, seed=42, logged=None, branch="autoresearch/test", **more):
-        record = {"id": str(number), "repository": str(tmp_path), "commit": f"{number:040d}", "status": "finished"}
+        git(tmp_path, *who, "commit", "-q", "--allow-empty", "-m", str(number))
+        record = {"id": str(number), "repository": str(tmp_path), "status": "finished"}
+        record["commit"] = git(tmp_path, "rev-parse", "HEAD")
         record |= {"harness": "h", "device": "d", "train_sha256": text, "seed": seed, "val_bpb": val_bpb} | more
         prepare.append_line("runs.jsonl", record)
         if logged:
-            row = {"status": logged, "branch": branch}
+            row = {"status": logged, "branch": branch, "row": f"{number}\t{val_bpb}\t0.0\t{logged}\tan idea"}
             row |= {name: record[name] for name in ("id", "repository", "commit", "train_sha256")}
             prepare.append_line("ledger.jsonl", row)
         return record
@@ -380,7 +386,7 @@ def test_the_noise_is_pooled_over_texts_with_several_seeds(ledger):
 
 
 def test_a_train_py_is_compared_with_the_best_one_that_this_branch_kept_each_by_the_mean_of_its_seeds(ledger):
-    ledger(1, 1.00, "a", 1, "keep")
+    best = ledger(1, 1.00, "a", 1, "keep")["commit"][:7]
     ledger(2, 0.98, "a", 2)
     ledger(3, 0.90, "b", logged="discard")
     ledger(4, 0.80, "c")  # not logged
@@ -389,14 +395,31 @@ def test_a_train_py_is_compared_with_the_best_one_that_this_branch_kept_each_by_
     ledger(7, 1.20, "f", logged="keep")
     lines = prepare.comparison(ledger(8, 0.952, "g"))
     noise = math.sqrt(0.0002)  # of 1.00 and 0.98
-    assert lines["best_kept"] == "0.990000 (0000000, seeds: 2)"
+    assert lines["best_kept"] == f"0.990000 ({best}, seeds: 2)"
     assert lines["difference"] == f"-0.038000 ({-0.038 / noise / math.sqrt(1 + 1 / 2):+.1f} x its noise, seeds: 1)"
     lines = prepare.comparison(ledger(9, 0.956, "g", 43))
     noise = math.sqrt((0.0002 + 0.000008) / 2)
     assert lines["difference"] == f"-0.036000 ({-0.036 / noise:+.1f} x its noise, seeds: 2)"
     again = prepare.comparison(ledger(10, 0.999, "a", 3))
-    assert again["best_kept"] == "0.993000 (0000000, seeds: 3)"
+    assert again["best_kept"] == f"0.993000 ({best}, seeds: 3)"
     assert "difference" not in again  # from itself
+
+
+def test_a_run_that_is_not_on_record_is_compared_all_the_same(ledger):
+    ledger(1, 1.0, "a", logged="keep")
+    full_disk = ledger(2, 0.9, "b", harness="another") | {"harness": "h"}
+    assert prepare.comparison(full_disk)["difference"] == "-0.100000 (seeds: 1)"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_a_busy_machine_is_seen():
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    try:
+        assert max(prepare.cpu_load() for _ in range(5)) > prepare.OTHER_LOAD
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
 
 
 def test_help_says_what_a_run_takes(command):

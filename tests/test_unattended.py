@@ -19,6 +19,8 @@ import pytest
 from conftest import ROOT
 from test_contract import DOCUMENTED
 
+import prepare
+
 SETTINGS = json.loads((ROOT / ".claude" / "overnight.json").read_text())
 RULES = ROOT / ".codex" / "rules" / "autoresearch.rules"
 FILLED = {"<tag>": "nov25", "<commit>": "1234567"}
@@ -40,9 +42,19 @@ git log --oneline --output=prepare.py
 git update-ref -d refs/autoresearch/nov25/ledger
 git rebase main
 git config user.name me
+git log -p
+git diff --no-index /dev/null train.py
+git show HEAD:prepare.py > prepare.py
 rm -rf .git
 curl https://example.invalid
 sudo uv run train.py""".splitlines()
+NEAR_MISSES_OF_CLAUDE = [  # a rule of Codex is the beginning of a command, and lets these pass
+    "git show HEAD",
+    "git show autoresearch/nov25/1234567 --output=prepare.py",
+    'git show autoresearch/nov25/1234567 "--output=prepare.py"',
+    "git show autoresearch/nov25/1234567\t--output=prepare.py",
+    "git show autoresearch/$IFS--output=prepare.py",
+]
 
 
 def fill(command):
@@ -72,7 +84,7 @@ def test_claude_code_runs_each_command_of_the_loop(command):
     assert claude_allows(command)
 
 
-@pytest.mark.parametrize("command", NEAR_MISSES)
+@pytest.mark.parametrize("command", NEAR_MISSES + NEAR_MISSES_OF_CLAUDE)
 def test_claude_code_runs_no_near_miss(command):
     assert not claude_allows(command)
 
@@ -88,8 +100,10 @@ def test_claude_code_edits_train_py_and_nothing_else():
 
 
 def test_a_command_of_claude_code_may_take_as_long_as_a_run():
+    minutes = int(re.search(r"time limit of (\d+) minutes", (ROOT / "program.md").read_text())[1])
+    assert minutes * 60 > prepare.RUN_LIMIT
     for name in ("BASH_DEFAULT_TIMEOUT_MS", "BASH_MAX_TIMEOUT_MS"):
-        assert int(SETTINGS["env"][name]) == 900_000
+        assert int(SETTINGS["env"][name]) == minutes * 60_000
 
 
 def test_the_contract_is_imported_for_claude_code():
@@ -223,8 +237,9 @@ def test_claude_code_itself_decides_likewise(tmp_path):
     stub.write_text("#!/bin/sh\necho uv $*\n")  # who decides is Claude Code; nothing has to be trained
     stub.chmod(0o755)
     knob = {"old_string": "SOFT_CAP = 15.0", "new_string": "SOFT_CAP = 16.0"}
+    near_misses = NEAR_MISSES + NEAR_MISSES_OF_CLAUDE
     denied = [["Write", {"file_path": f"{clone}/{name}", "content": "x"}] for name in OTHER_FILES]
-    denied += [["Bash", {"command": command, "description": "x"}] for command in NEAR_MISSES + COMPOUND]
+    denied += [["Bash", {"command": command, "description": "x"}] for command in near_misses + COMPOUND]
     allowed = [["Bash", {"command": command, "description": "x"}] for command in COMMANDS]
     allowed += [["Read", {"file_path": f"{clone}/{name}"}] for name in ("prepare.py", "results.tsv", "train.py")]
     allowed += [["Edit", {"file_path": f"{clone}/train.py"} | knob]]
