@@ -1317,8 +1317,8 @@ def write_ledger(branch: str) -> None:
     """Bring results.tsv to what was logged, commit it, and have git keep that commit and each row's under refs/."""
     rows, entries = read_ledger(branch)
     text = "\n".join([LEDGER_HEADER, *rows])
-    keep_commits(branch, {entry["commit"][:7]: entry["commit"] for entry in entries})
     try:
+        keep_commits(branch, {entry["commit"][:7]: entry["commit"] for entry in entries})
         write(ROOT / "results.tsv", text)
         if git("show", "HEAD:./results.tsv", default="") != text:
             _, _, _, status, description = rows[-1].split("\t")
@@ -1389,13 +1389,9 @@ def log(status: str, description: str) -> None:
         entry = {"id": f"{branch} {run['id']}", "run": run["id"], "repository": str(ROOT), "branch": branch}
         entry |= {"commit": commit, "status": status, "row": row}
         entry |= {name: run[name] for name in ("train_sha256", "harness", "device")}
-        try:
-            append_line("ledger.jsonl", entry)
-        except OSError as error:
-            advice = "Free some space there, then log again"
-            raise SystemExit(f"nothing was logged: {cache_root()} can't be written: {error}. {advice}") from None
+        append_line("ledger.jsonl", entry)
         write_ledger(branch)
-        if status == "keep" and len(rows) and len({other["seed"] for other in seeds_of(run)}) < 3:
+        if status == "keep" and rows and len({other["seed"] for other in seeds_of(run)}) < 3:
             print("kept on fewer than three seeds: by one alone the luckiest of many ideas looks good")
         print(row)
 
@@ -1545,7 +1541,11 @@ def main() -> None:
     words, what = arguments.command, " ".join(" ".join(arguments.command[2:]).split())
     what = "".join(character for character in what if character.isprintable())
     if words[:1] == ["log"] and words[1:2] in (["keep"], ["discard"], ["crash"]) and what:
-        return log(words[1], what)
+        try:
+            return log(words[1], what)
+        except OSError as error:
+            advice = "Free some space, then log again"
+            raise SystemExit(f"nothing was logged, {cache_root()} can't be written: {error}. {advice}") from None
     if words == ["log"]:
         return show_ledger()
     if words not in ([], ["check"]):
