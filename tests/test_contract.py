@@ -432,7 +432,7 @@ def test_a_repeated_log_writes_nothing(night, command):
 @pytest.mark.parametrize(
     ("point", "command", "says"),
     [
-        ("better run", CRASH, "the last run finished, with val_bpb"),
+        ("better run", CRASH, "this train.py has a figure, val_bpb"),
         ("crash reset", KEEP, "has no val_bpb (crash): `uv run prepare.py log crash"),
         ("time-out reset", DISCARD, "has no val_bpb (timeout): `uv run prepare.py log crash"),
         ("worse reset", KEEP, "is not that of HEAD, but of its commit: `git reset --hard"),
