@@ -36,6 +36,7 @@ DEPTH = 8  # blocks
 ASPECT_RATIO = 64  # width per block; the width is DEPTH * ASPECT_RATIO rounded up to whole heads
 HEAD_DIM = 128  # width of an attention head
 WINDOW_PATTERN = "SSSL"  # repeated over the blocks: S sees half of the context, L all of it; the last block is L
+SHIFT = 0.0  # part of the channels that attention gets from the position before
 SOFT_CAP = 15.0  # logits are squeezed into ±SOFT_CAP
 
 # batch
@@ -62,6 +63,7 @@ FINAL_LR = 0.0  # at the end, as a part of the full rate
 # A CPU gets through less than a hundredth of the tokens, so it gets a smaller model and batch.
 if get_device().type == "cpu":
     DEPTH = 4
+    SHIFT = 0.25
     TOTAL_BATCH_SIZE = 2**14
     DEVICE_BATCH_SIZE = 16
     HEAD_CHUNK = 2**10
@@ -210,6 +212,12 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+def shifted(x: Tensor) -> Tensor:
+    """x (B, T, width) with the first part of its channels, SHIFT, from the position before."""
+    size = int(SHIFT * x.size(-1))
+    return torch.cat([F.pad(x[:, :-1, :size], (0, 0, 1, 0)), x[..., size:]], dim=-1) if size else x
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x (B, T, H, D); cos and sin: (T, 1, D/2)."""
     a, b = x.chunk(2, dim=-1)
@@ -230,7 +238,7 @@ class Block(nn.Module):
             self.gate = nn.Linear(32, width // self.head_dim, bias=False)
 
     def forward(self, x: Tensor, values: Tensor | None, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        y = norm(x)
+        y = shifted(norm(x))
         q, k, v = F.linear(y, self.qkv.flatten(0, 1)).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
         if values is not None:
             gate = 2 * torch.sigmoid(self.gate(y[..., :32]))
