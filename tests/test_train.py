@@ -1,5 +1,6 @@
 """Model and optimizer of train.py, each against something independent."""
 
+import importlib.util
 import math
 import random
 
@@ -436,6 +437,41 @@ def test_cross_entropy_of_the_model_is_that_of_its_logits():
     ids = random_ids(model)
     expected = F.cross_entropy(model(ids).double().flatten(0, 1), ids.flatten())
     assert model(ids, ids).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_recipe_for_a_gpu_learns_at_reduced_size(tokenizer, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "get_device", lambda: torch.device("cuda"))
+        spec = importlib.util.spec_from_file_location("train_on_a_gpu", train.__file__)
+        gpu = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(gpu)
+    gpu.check_knobs(2048)
+    config = gpu.Config(8192, 2048, gpu.DEPTH, gpu.HEAD_DIM, gpu.ASPECT_RATIO, gpu.WINDOW_PATTERN)
+    assert (config.width, config.windows) == (640, [256] * 4 + [2048] + [256] * 3 + [2048])
+    torch.manual_seed(0)
+    config = gpu.Config(tokenizer.get_vocab_size(), 128, 3, 32, 16, gpu.WINDOW_PATTERN)
+    model = gpu.GPT(config, gpu.Attention("matmul", 128, set(config.windows), CPU), torch.float32)
+    optimizer, losses = gpu.build_optimizer(model, compiled=False), []
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    scale = (64 / 768) ** -0.5
+    assert rates[id(model.embedding.weight)] == pytest.approx((0.9 * scale, 0.001))
+    assert rates[id(model.value_embeddings["0"].weight)] == pytest.approx((0.9 * scale, 0.003))
+    assert rates[id(model.head.weight)] == pytest.approx((0.005 * scale, 0.01))
+    for step, batch in enumerate(batches_of(tokenizer, 128, 60)):
+        gpu.set_schedule(optimizer, step / 60, step)
+        losses.append(gpu.train_step(model, optimizer, [batch]).item())
+    assert sum(losses[-10:]) / 10 < unigram_entropy(tokenizer) - 0.5
+
+
+@pytest.mark.parametrize("part", [0.0, 0.25, 1.0])
+def test_shifted_channels_are_those_of_the_position_before(part, monkeypatch):
+    monkeypatch.setattr(train, "SHIFT", part)
+    x = torch.randn(2, 5, 8)
+    size = int(8 * part)
+    seen = train.shifted(x)
+    assert torch.equal(seen[..., size:], x[..., size:])
+    assert torch.equal(seen[:, 1:, :size], x[:, :-1, :size])
+    assert not seen[:, 0, :size].any()
 
 
 # memory and failures
