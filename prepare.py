@@ -1481,7 +1481,8 @@ def refuse_row(run: dict, status: str, branch: str, rows: list[str], entries: li
         undo = f"`git restore -s {base[:7]} -SW {shlex.join(changed)}`, {amend}"
         raise SystemExit(f"only train.py may change, but {', '.join(changed)} did, too: {undo}and log again")
     if git("hash-object", "prepare.py") != git("rev-parse", f"{base}:./prepare.py"):
-        shown = "`git update-index --no-skip-worktree --no-assume-unchanged prepare.py`"
+        flags = ("--no-skip-worktree", "--no-assume-unchanged")
+        shown = ", ".join(f"`git update-index {flag} prepare.py`" for flag in flags)
         raise SystemExit(f"prepare.py is not that of {base[:7]}, and git was told to hide it: {shown}, and log again")
     if modules := git("ls-files", "--others", "--exclude-standard", "--", "*.py").splitlines():
         raise SystemExit(f"{', '.join(modules)}: no commit has it, so the run can't be repeated. Move it into train.py")

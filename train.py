@@ -68,8 +68,8 @@ FINAL_LR = 0.05  # at the end, as a part of the full rate; both instead of 0.5 a
 
 # A CPU gets through less than a hundredth of the tokens, so it gets a smaller model and batch.
 if get_device().type == "cpu":
-    DEPTH, ASPECT_RATIO, WINDOW_PATTERN, SHORT_WINDOW = 4, 64, "SSSL", 1 / 2
-    SHIFT = 0.25
+    DEPTH = 4
+    ASPECT_RATIO, WINDOW_PATTERN, SHORT_WINDOW, SHIFT = 64, "SSSL", 1 / 2, 0.25
     TOTAL_BATCH_SIZE = 2**14
     DEVICE_BATCH_SIZE = 16
     HEAD_CHUNK = 2**10

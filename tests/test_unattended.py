@@ -42,17 +42,14 @@ git log --oneline --output=prepare.py
 git update-ref -d refs/autoresearch/nov25/ledger
 git rebase main
 git config user.name me
-git log -p
-git diff --no-index /dev/null train.py
-git show HEAD:prepare.py > prepare.py
 rm -rf .git
 curl https://example.invalid
 sudo uv run train.py""".splitlines()
 NEAR_MISSES_OF_CLAUDE = [  # a rule of Codex is the beginning of a command, and lets these pass
-    "git show HEAD",
     "git show autoresearch/nov25/1234567 --output=prepare.py",
     'git show autoresearch/nov25/1234567 "--output=prepare.py"',
     "git show autoresearch/nov25/1234567\t--output=prepare.py",
+    r"git show autoresearch/nov25/1234567 \-\-output=prepare.py",
     "git show autoresearch/$IFS--output=prepare.py",
 ]
 
@@ -214,6 +211,7 @@ uv run train.py && git push
 uv run train.py; rm -rf .git
 git log --oneline -5 && git push
 git commit -am "$(git push)"
+git show autoresearch/nov25/1234567 > prepare.py
 cat train.py > prepare.py""".splitlines()
 OTHER_FILES = """prepare.py
 results.tsv
