@@ -1460,9 +1460,9 @@ def refuse_row(run: dict, status: str, branch: str, rows: list[str], entries: li
     tried, seeds, others = run["train_source"].strip(), seeds_of(run), ("--", ".", ":!results.tsv", ":!train.py")
     there = train_of("HEAD") == tried
     get_back = "" if there or status == "crash" else f"`git reset --hard {commit_of(run)[:7]}`, "
-    if status == "crash" and seeds:
+    if status == "crash" and (own := [other for other in seeds if other["repository"] == str(ROOT)]):
         advice = '`uv run prepare.py log discard "…"`, or keep'
-        raise SystemExit(f"this train.py has a figure, val_bpb {seeds[0]['val_bpb']:.6f}: {advice}")
+        raise SystemExit(f"this train.py has a figure, val_bpb {own[0]['val_bpb']:.6f}: {advice}")
     if status != "crash" and not seeds:
         advice = '`uv run prepare.py log crash "…"`'
         if run["status"] in ("killed", "stopped"):
