@@ -612,8 +612,9 @@ def train(run: Run) -> None:
     num_params, peak = sum(p.numel() for p in model.parameters()), peak_flops(device)
     print(f"precision: {str(dtype)[6:]}, {'compiled' if compiled else 'not compiled'} ({why})")
     print(f"attention: {backend} ({attention_why})")
-    print(f"model: {config.depth} blocks of width {config.width}, {num_params / 1e6:.1f}M parameters")
-    print("" if peak else "mfu_percent: will be 0.00, the peak of this device is not known\n", end="", flush=True)
+    print(f"model: {config.depth} blocks of width {config.width}, {num_params / 1e6:.1f}M parameters", flush=True)
+    if not peak:
+        print("mfu_percent: will be 0.00, the peak of this device is not known", flush=True)
     forward, optimizer, rows = fit(run, model, compiled)
     micro_batches = TOTAL_BATCH_SIZE // (rows * length)
     print(f"step: {TOTAL_BATCH_SIZE} tokens in {micro_batches} micro-batches of {rows} rows of {length}", flush=True)

@@ -299,7 +299,7 @@ REST = {
 }
 
 
-@pytest.mark.parametrize("back", ["HEAD~1", "HEAD~3"])
+@pytest.mark.parametrize("back", ["HEAD~0", "HEAD~1", "HEAD~2", "HEAD~3"])
 @pytest.mark.parametrize("point", REST)
 def test_a_reset_at_any_point_loses_no_row_and_the_loop_goes_on(night, point, back):
     night.back_to(point)

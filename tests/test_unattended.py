@@ -39,6 +39,7 @@ git clean -fdx
 git checkout main
 git branch -D main
 git log --oneline --output=prepare.py
+git diff --output=prepare.py
 git update-ref -d refs/autoresearch/nov25/ledger
 git rebase main
 git config user.name me
