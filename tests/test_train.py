@@ -592,6 +592,7 @@ def test_what_does_not_compile_is_done_another_way(tokenizer, monkeypatch, capsy
 def test_a_gpu_with_too_little_memory_gets_smaller_micro_batches(tokenizer, monkeypatch):
     device, length = torch.device("cuda"), tokenizer.corpus.seq_len
     total = torch.cuda.get_device_properties(0).total_memory
+    monkeypatch.setattr(prepare, "get_device", lambda: device)
     monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 4096)
     monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 4096 * length)
     config = train.Config(tokenizer.get_vocab_size(), length, depth=4, head_dim=64, aspect_ratio=64, window_pattern="L")
