@@ -29,7 +29,7 @@ prepare.prepare(corpus)
 tokenizer = prepare.Tokenizer(corpus)
 tokens, rows = tokenizer.tokens(), prepare.read_val_rows(corpus)
 rows, vocab = rows[:: len(rows) // 128][:128], len(tokens)
-sizes = vocab, corpus.seq_len, 4, train.HEAD_DIM, train.ASPECT_RATIO, train.WINDOW_PATTERN
+sizes = vocab, corpus.seq_len, train.DEPTH, train.HEAD_DIM, train.ASPECT_RATIO, train.WINDOW_PATTERN
 
 
 def build(dtype=torch.float32):
@@ -90,10 +90,10 @@ measure("honest, float32, compiled", torch.compile(trained(), dynamic=False))
 measure("honest, bfloat16", trained(torch.bfloat16))
 for batch_size in (1, 16):
     measure("honest, every layer rounds to bfloat16 at random", noisy(trained()), batch_size)
-for block in range(4):
+for block in range(train.DEPTH):
     measure(f"one head of block {block} sees 1 token ahead", trained(peek=(1, 1, [block])))
 measure("one head of block 0 sees the whole row", trained(peek=(256, 1, [0])))
-measure("all heads see 1 token ahead", trained(peek=(1, 2, range(4))))
+measure("all heads see 1 token ahead", trained(peek=(1, model.config.width // train.HEAD_DIM, range(train.DEPTH))))
 honest = trained()
 for size in (0.1, 0.01, 0.004):
     leak = Answer(lambda ids, size=size: honest(ids) + size * next_token(ids, vocab), honest)
