@@ -322,7 +322,7 @@ def test_parameters_that_change_after_the_five_minutes_are_refused(clocked):
 def test_the_first_step_after_the_warm_up_sees_the_first_of_the_data(corpus, tokenizer, monkeypatch):
     for name, value in {"DEPTH": 1, "DEVICE_BATCH_SIZE": 4, "TOTAL_BATCH_SIZE": 4 * 256}.items():
         monkeypatch.setattr(train, name, value)
-    monkeypatch.setattr(prepare, "TIME_BUDGET", 0.5)
+    monkeypatch.setattr(prepare, "TIME_BUDGET", 2)
     monkeypatch.setattr(train, "choose_precision", lambda device: (prepare.torch.float32, False, "for this test"))
     step, seen = train.train_step, []
 
