@@ -77,7 +77,7 @@ def test_logits_stay_within_the_soft_cap_and_are_float32(monkeypatch, cap, most)
     torch.nn.init.normal_(model.head.weight, std=100.0)
     logits = model(random_ids(model))
     assert logits.dtype == torch.float32
-    assert logits.abs().max().item() == pytest.approx(most, rel=1e-3)
+    assert 0.999 * most < logits.abs().max() <= most
 
 
 def shake(model):
