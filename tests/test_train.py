@@ -480,6 +480,21 @@ def test_shifted_channels_are_those_of_the_position_before(part):
     assert not seen[:, 0, :size].any()
 
 
+@pytest.mark.parametrize("shift", [(0.5, 0.0), (0.0, 0.5), (0.0, 0.0)])
+def test_attention_and_mlp_see_each_its_own_part_of_the_position_before(monkeypatch, shift):
+    monkeypatch.setattr(train, "SHIFT", shift)
+    x = torch.randn(1, 5, 64)
+    changed = x.index_add(1, torch.tensor([2]), torch.ones(1, 1, 64))
+    for part, other in zip(shift, ("mlp_out", "attention_out"), strict=True):
+        model = small_model()
+        shake(model)
+        block = model.blocks[0]
+        torch.nn.init.zeros_(getattr(block, other).weight)
+        rotary, itself = (model.cos[:5], model.sin[:5]), lambda q, k, v, window: v
+        moved = block(x, None, rotary, itself) != block(changed, None, rotary, itself)
+        assert moved.any(-1).tolist() == [[False, False, True, part > 0, False]]
+
+
 # memory and failures
 
 
