@@ -831,15 +831,21 @@ def pack_rows(documents: Iterable[tuple[np.ndarray, int]], length: int) -> Itera
         yield row, epoch
 
 
-def train_documents(corpus: Corpus, seed: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (ids, epoch) for ever, slices of the memory-mapped tokens: shards shuffled, documents shuffled in each."""
+def train_documents(corpus: Corpus, seed: int, part: tuple = (0, 1)) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (ids, epoch) for ever, slices of the memory-mapped tokens: shards shuffled, documents shuffled in each.
+
+    `part`: from where to where of each shard. In a local corpus documents of one file stand together.
+    """
     names, bos = token_files(corpus), Tokenizer(corpus).get_bos_token_id()
     for epoch in itertools.count(1):
         rng = np.random.default_rng([seed, epoch])
         for name in rng.permutation(names):
             tokens = np.asarray(np.memmap(corpus.directory / name, dtype=np.uint16, mode="r"))
             starts = np.append(np.flatnonzero(tokens == bos), len(tokens))
-            for i in rng.permutation(len(starts) - 1):
+            first, end = (round(bound * (len(starts) - 1)) for bound in part)
+            if first >= end:
+                raise ValueError(f"part {part} of {name} holds none of its {len(starts) - 1} documents")
+            for i in first + rng.permutation(end - first):
                 yield tokens[starts[i] : starts[i + 1]], epoch
 
 
@@ -848,14 +854,15 @@ def read_val_rows(corpus: Corpus) -> np.ndarray:
     return np.frombuffer(verified(corpus, "val_rows.bin"), dtype=np.uint16).reshape(-1, corpus.seq_len + 1)
 
 
-def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, seed: int = SEED) -> Iterator[tuple]:
+def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, seed=SEED, part=(0, 1)) -> Iterator[tuple]:
     """Yield (x, y, epoch) for ever: inputs and targets, int64 (B, T), on the device, made ready by a background thread.
 
-    `split` is train, or val for the fixed rows over and over. The rows depend on corpus, T and seed, not on B.
+    `split` is train, or val for the fixed rows over and over. The rows depend on corpus, T and seed, not on B. `part`:
+    (0.5, 1) is the second half of the text to train on; parts that do not overlap have no document in common.
     """
     device, corpus = get_device(), tokenizer.corpus
     if split == "train":
-        rows = pack_rows(train_documents(corpus, seed), T + 1)
+        rows = pack_rows(train_documents(corpus, seed, part), T + 1)
     elif split == "val" and corpus.seq_len >= T:
         rows = ((row[: T + 1], epoch) for epoch in itertools.count(1) for row in read_val_rows(corpus))
     else:
@@ -1093,6 +1100,23 @@ class Run:
         total, params = time.perf_counter() - self.started, sum(p.numel() for p in model.parameters())
         figures = val_bpb, self.seconds, total, peak, mfu, tokens / 1e6, steps, params / 1e6, depth
         self.summary = {name: format(figures[i], spec) for i, (name, spec) in enumerate(SUMMARY.items())}
+
+
+# Dense bf16 TFLOP/s with float32 sums, by a pattern for the device's name: datasheets of NVIDIA and AMD, for RTX cards
+# NVIDIA's whitepapers of the architectures (GA102, Ada, Blackwell).
+PEAK_TFLOPS = {
+    r"A100\b": 312, r"H100 PCIe": 756, r"H[12]00 NVL": 835.5, r"(G?H200|H100)\b": 989.5, r"B200\b": 2250,
+    r"A10$": 125, r"L4$": 121, r"L40S$": 362, r"RTX 3090$": 71, r"RTX 4090$": 165.2, r"RTX 5090$": 209.5,
+    r"RTX 6000 Ada": 364.2, r"RTX PRO 6000 Blackwell Max-Q": 438.9, r"RTX PRO 6000 Blackwell Workstation": 503.8,
+    r"MI250X$": 191.5, r"MI300X": 1307.4,  # an MI250X is two devices
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float:
+    """The device's dense bf16 peak in FLOP/s, 0 if it is not known: no figure is better than a wrong one."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    peaks = (peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}", name))
+    return 0.0 if re.search(r"MIG|-\d+[CQ]$", name) else next(peaks, 0.0)  # MIG and vGPU: a slice of a GPU
 
 
 def cpu_load() -> float:

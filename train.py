@@ -2,25 +2,22 @@
 
 uv run train.py                        # the corpus that this machine prefers, seed 42
 uv run train.py --corpus FOLDER        # your own text
-uv run train.py --help
 """
 
 import gc
 import logging
 import math
 import os
-import random
-import re
 import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice, takewhile
 from multiprocessing.pool import ThreadPool
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: on a CPU page faults take a tenth of a step
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -28,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._triton import has_triton
 
-from prepare import Run, get_device, make_dataloader, training_run
+from prepare import Run, get_device, make_dataloader, peak_flops, training_run
 
 # Knobs ----------------------------------------------------------------------------------------------------------------
 
@@ -41,6 +38,10 @@ SHORT_WINDOW = 1 / 8  # of the context, instead of a half of it in SSSL: -0.0012
 ROTARY_BASE = 200_000  # instead of 10,000: -0.0012
 SHIFT = (0.25, 0.0)  # of attention's and the MLP's channels, from the position before; -0.0070 in 100 s of an H200
 SOFT_CAP = 15.0  # logits are squeezed into ±SOFT_CAP; 0: they are not
+CONTEXTS = ()  # numbers of tokens: what follows so many last ones in a text that is only counted; unmeasured on a GPU
+COUNTED = 0.5  # part of the text that is counted and not trained on, where the counts would know the answer
+COUNTED_TOKENS = (2**22, 2**25)  # of fewer no counts are made; more are not counted
+COUNT_ROWS = 1_000_003  # of a table of counts; a context's is its hash modulo this prime
 
 # batch
 TOTAL_BATCH_SIZE = 2**18  # tokens a step; instead of 2**19: -0.0119
@@ -48,31 +49,24 @@ DEVICE_BATCH_SIZE = 128  # rows a micro-batch; halved by itself if it does not f
 HEAD_CHUNK = 2**15  # tokens whose logits are in memory at a time
 
 # optimizer: AdamW for embeddings, head and scalars, Muon for the matrices of the blocks
-EMBEDDING_LR = 0.9  # at width 768; scaled by (width / 768)^-½. Instead of 0.6, with the decay: -0.0038
-EMBEDDING_DECAY = 0.001  # in the figure above
+EMBEDDING_LR, EMBEDDING_DECAY = 0.9, 0.001  # at width 768; scaled by (width / 768)^-½. Not 0.6 and 0: -0.0038
 VALUE_DECAY = 0.003  # of the value embeddings: -0.0016
-HEAD_LR = 0.005  # likewise scaled. Instead of 0.004, with the decay: -0.0011
-HEAD_DECAY = 0.01  # in the figure above
+HEAD_LR, HEAD_DECAY = 0.005, 0.01  # likewise scaled. Not 0.004 and 0: -0.0011
 SCALAR_LR = 0.5  # of the first embedding's scalars; the residual ones get a hundredth
-ADAM_BETAS = (0.8, 0.95)  # short memories, for a run of few steps
-ADAM_EPS = 1e-10  # only keeps the division from 0
+ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10  # short memories, for a run of few steps; eps only keeps from 0/0
 MATRIX_LR = 0.04  # times √(rows/cols) for a tall matrix
 MUON_MOMENTUM = (0.85, 0.95, 200)  # from, to, over so many steps; instead of 300, with the two below: -0.0017
-FIRST_SCALE = 0.05  # of the first embedding, added before each block, at the start; instead of 0.1
+FIRST_SCALE = 0.05  # of the input of the first block, added before each, at the start; instead of 0.1
 MATRIX_INIT = 0.68  # of ±√3/√width, the bounds of a block's matrices at the start
 MUON_BETA2 = 0.95  # of the variance that NorMuon evens out
 WEIGHT_DECAY = 0.2  # of the matrices, falls linearly to 0
-
-# schedule, as parts of the budget
-WARMUP = 0.0  # a rise of the rates at the start did harm, as published
-WARMDOWN = 0.75
-FINAL_LR = 0.05  # at the end, as a part of the full rate; both instead of 0.5 and 0: -0.0015
+WARMDOWN, FINAL_LR = 0.75, 0.05  # part of the budget in which all rates fall, to what part; not 0.5 and 0: -0.0015
 
 # A CPU gets through less than a hundredth of the tokens, so it gets a smaller model and batch.
 if get_device().type == "cpu":
-    DEPTH, ASPECT_RATIO, HEAD_DIM = 2, 96, 64
+    DEPTH, ASPECT_RATIO, HEAD_DIM = 4, 48, 64
     WINDOW_PATTERN, SHORT_WINDOW, WARMDOWN, FINAL_LR = "SSSL", 1 / 2, 0.5, 0.0  # WARMDOWN 0.75: +0.011 in 190 steps
-    SHIFT, SOFT_CAP = (0.5, 0.5), 0.0  # without the cap a micro-batch takes 0.93 of the time
+    SHIFT, SOFT_CAP, CONTEXTS = (0.5, 0.5), 0.0, (2, 3, 4)  # without the cap a micro-batch takes 0.93 of the time
     TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE, HEAD_CHUNK = 2**14, 16, 2**10
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -229,6 +223,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
+def context_slots(ids: Tensor, context: int) -> Tensor:
+    """The row of a table of counts for the last `context` tokens at each position of ids (B, T)."""
+    mixed = ids
+    for back in range(1, context):
+        mixed = mixed * 36313 + F.pad(ids, (back, 0))[:, : ids.size(1)]
+    return mixed % COUNT_ROWS
+
+
 class Block(nn.Module):
     """Attention and MLP. A block with value embeddings mixes them into v through a gate for each head."""
 
@@ -263,8 +265,7 @@ def soft_cap(logits: Tensor) -> Tensor:
 class CappedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of the soft-capped logits x @ weight.T, HEAD_CHUNK tokens at a time.
 
-    The gradients come with the loss, so no logits are kept for a backward pass. x (N, width), weight (vocab, width),
-    targets (N,). Capped logits need no maximum taken off before exp.
+    The gradients come with the loss: no logits are kept. x (N, width), weight (vocab, width), targets (N,).
     """
 
     @staticmethod
@@ -284,8 +285,7 @@ class CappedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, factor: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * factor, weight_grad * factor, None
+        return *(grad * factor for grad in ctx.saved_tensors), None
 
 
 class GPT(nn.Module):
@@ -294,12 +294,14 @@ class GPT(nn.Module):
     def __init__(self, config: Config, attention: Attention, dtype: torch.dtype):
         super().__init__()
         self.config, self.attention, self.dtype = config, attention, dtype
-        width, depth = config.width, config.depth
-        self.embedding = nn.Embedding(config.vocab_size, width)
-        tables = {str(i): nn.Embedding(config.vocab_size, width) for i in config.value_blocks}
-        self.value_embeddings = nn.ModuleDict(tables)
+        vocab, width, depth = config.vocab_size, config.width, config.depth
+        self.embedding = nn.Embedding(vocab, width)
+        self.value_embeddings = nn.ModuleDict({str(i): nn.Embedding(vocab, width) for i in config.value_blocks})
         self.blocks = nn.ModuleList(Block(config, i) for i in range(depth))
-        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self.head = nn.Linear(width, vocab, bias=False)
+        if CONTEXTS:
+            size = (len(CONTEXTS), COUNT_ROWS, -(-width // len(CONTEXTS)))  # together as wide as the model
+            self.register_buffer("counts", torch.zeros(size, dtype=dtype), persistent=False)
         self.residual_scales = nn.Parameter(torch.ones(depth))
         self.first_scales = nn.Parameter(torch.full((depth,), FIRST_SCALE))
         frequency = ROTARY_BASE ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
@@ -316,17 +318,17 @@ class GPT(nn.Module):
         for embedding in self.value_embeddings.values():
             nn.init.uniform_(embedding.weight, -bound, bound)
         for name, weight in self.blocks.named_parameters():
-            if name.split(".")[1] in ("attention_out", "mlp_out", "gate"):
-                nn.init.zeros_(weight)
-            else:
-                nn.init.uniform_(weight, -MATRIX_INIT * bound, MATRIX_INIT * bound)
+            size = 0.0 if name.split(".")[1] in ("attention_out", "mlp_out", "gate") else MATRIX_INIT * bound
+            nn.init.uniform_(weight, -size, size)
         for embedding in (self.embedding, *self.value_embeddings.values()):
             embedding.to(self.dtype)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             rotary = self.cos[: ids.size(1)], self.sin[: ids.size(1)]
-            x = first = norm(self.embedding(ids))
+            x = norm(self.embedding(ids))
+            counts = [self.counts[i][context_slots(ids, n)] for i, n in enumerate(CONTEXTS)]
+            x = first = x + (torch.cat(counts, -1)[..., : x.size(-1)] if counts else 0)
             for i, block in enumerate(self.blocks):
                 values = self.value_embeddings[str(i)](ids) if i in self.config.value_blocks else None
                 x = self.residual_scales[i] * x + self.first_scales[i] * first
@@ -461,40 +463,18 @@ def build_optimizer(model: GPT, compiled: bool) -> MuonAdamW:
     return MuonAdamW(groups, compiled, model.dtype)
 
 
-def lr_factor(progress: float) -> float:
-    """Part of the full learning rate, by the part of the budget that is used."""
-    rise = progress / WARMUP if WARMUP else 1.0
-    fall = FINAL_LR + (1 - FINAL_LR) * (1 - progress) / WARMDOWN if WARMDOWN else 1.0
-    return min(rise, 1.0, fall)
-
-
 def set_schedule(optimizer: MuonAdamW, progress: float, step: int) -> None:
-    """Set rates, momentum and decay for this step."""
+    """Set rates, momentum and decay for this step, by the part of the budget that is used."""
     begin, end, steps = MUON_MOMENTUM
+    factor = min(1.0, FINAL_LR + (1 - FINAL_LR) * (1 - progress) / WARMDOWN) if WARMDOWN else 1.0
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_factor(progress)
+        group["lr"] = group["initial_lr"] * factor
         if group["kind"] == "muon":
             group["momentum"] = begin + (end - begin) * min(step / steps, 1.0)
             group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
 
 
 # Training loop --------------------------------------------------------------------------------------------------------
-
-# Dense bf16 TFLOP/s with float32 sums, by a pattern for the device's name: datasheets of NVIDIA and AMD, for RTX cards
-# NVIDIA's whitepapers of the architectures (GA102, Ada, Blackwell).
-PEAK_TFLOPS = {
-    r"A100\b": 312, r"H100 PCIe": 756, r"H[12]00 NVL": 835.5, r"(G?H200|H100)\b": 989.5, r"B200\b": 2250,
-    r"A10$": 125, r"L4$": 121, r"L40S$": 362, r"RTX 3090$": 71, r"RTX 4090$": 165.2, r"RTX 5090$": 209.5,
-    r"RTX 6000 Ada": 364.2, r"RTX PRO 6000 Blackwell Max-Q": 438.9, r"RTX PRO 6000 Blackwell Workstation": 503.8,
-    r"MI250X$": 191.5, r"MI300X": 1307.4,  # an MI250X is two devices
-}  # fmt: skip
-
-
-def peak_flops(device: torch.device) -> float:
-    """The device's dense bf16 peak in FLOP/s, 0 if it is not known: no figure is better than a wrong one."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peaks = (peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}", name))
-    return 0.0 if re.search(r"MIG|-\d+[CQ]$", name) else next(peaks, 0.0)  # MIG and vGPU: a slice of a GPU
 
 
 def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
@@ -518,6 +498,8 @@ def check_knobs(length: int) -> None:
         ("HEAD_DIM", HEAD_DIM >= 32 and HEAD_DIM % 2 == 0, "even, and 32 or more"),
         ("WINDOW_PATTERN", set(WINDOW_PATTERN or "-") <= set("SL"), "of the letters S and L"),
         ("SOFT_CAP", 0 <= SOFT_CAP <= 70, "0, or more and at most 70, so that sums of e^70 fit float32"),
+        ("CONTEXTS", min(CONTEXTS, default=1) >= 1, "numbers of tokens, each at least 1"),
+        ("COUNTED", 0 < COUNTED < 1, "more than 0 and less than 1"),
         ("FORCED_BACKEND", FORCED_BACKEND in (None, "", *BACKENDS), f"one of {BACKENDS} (AUTORESEARCH_ATTENTION)"),
         ("TOTAL_BATCH_SIZE", 0 < tokens <= TOTAL_BATCH_SIZE and TOTAL_BATCH_SIZE % tokens == 0, whole),
     ):
@@ -541,18 +523,15 @@ def warm_up(model: GPT, optimizer: MuonAdamW, step: Callable[[], Tensor]) -> Non
     """Compile and allocate on throw-away steps; afterwards weights, optimizer and random state are as before."""
     tensors = [*model.parameters(), *model.buffers(), *optimizer.tensors()]
     before = [tensor.detach().clone() for tensor in tensors]
-    random_states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all()
     try:
-        for _ in range(2):
-            step()
+        with torch.random.fork_rng():
+            for _ in range(2):
+                step()
     finally:
         optimizer.zero_grad()
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
-        restore = random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all
-        for put_back, state in zip(restore, random_states, strict=True):
-            put_back(state)
 
 
 def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int]:
@@ -591,6 +570,25 @@ def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int
         print(change, flush=True)
 
 
+@torch.no_grad()
+def count(run: Run, model: GPT, part: tuple[float, float]) -> bool:
+    """Fill the tables of counts from a part of the text: with the sum of a vector for each token that follows."""
+    run.status, length, vocab = "counting", run.corpus.seq_len, model.config.vocab_size
+    loader = make_dataloader(run.tokenizer, 64, length, "train", run.seed, part)
+    once = takewhile(lambda batch: batch[2] == 1, islice(loader, COUNTED_TOKENS[1] // (64 * length)))
+    batches = [(x.short(), y.short()) for x, y, _ in once]
+    if len(batches) * 64 * length < COUNTED_TOKENS[0]:
+        return False
+    ids, targets = map(torch.cat, zip(*batches, strict=True))
+    vectors = torch.randn(vocab, model.counts.size(-1), generator=torch.Generator().manual_seed(0)).to(run.device)
+    for table, context in zip(model.counts, CONTEXTS, strict=True):
+        keys = (context_slots(ids.long(), context) * vocab + targets).flatten().sort().values
+        seen = torch.bincount(keys // vocab, minlength=COUNT_ROWS)
+        sums = F.embedding_bag(keys % vocab, vectors, seen.cumsum(0) - seen, mode="sum")
+        table.copy_(sums / (seen + 1)[:, None])  # the mean, but shorter the less often the context was seen
+    return True
+
+
 def main() -> None:
     """Run the command line."""
     with training_run(__doc__) as run:
@@ -603,8 +601,7 @@ def train(run: Run) -> None:
     check_knobs(length)
     torch.set_float32_matmul_precision("high")
     warnings.filterwarnings("ignore", "flex_attention called without")  # start() looks at a few rows uncompiled
-    if device.type == "cpu":
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on a CPU it misses CUDA
     dtype, compiled, why = choose_precision(device)
     backend, attention_why = choose_attention(device, compiled)
     config = Config(run.tokenizer.get_vocab_size(), length, DEPTH, HEAD_DIM, ASPECT_RATIO, WINDOW_PATTERN)
@@ -619,13 +616,14 @@ def train(run: Run) -> None:
     micro_batches = TOTAL_BATCH_SIZE // (rows * length)
     print(f"step: {TOTAL_BATCH_SIZE} tokens in {micro_batches} micro-batches of {rows} rows of {length}", flush=True)
 
-    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed)
     gc.collect()
-    gc.freeze()
     gc.disable()  # a collection in the middle of a step costs more than the garbage of five minutes
-    step, mean, previous, run.status = 0, 0.0, None, "training"
     run.start(model)
-    while (progress := run.progress()) < 1:
+    counted = bool(CONTEXTS) and count(run, model, (0, COUNTED))
+    reserve = run.progress() / COUNTED if counted else 0.0  # the time to count all of the text in the end
+    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed, (counted * COUNTED, 1))
+    step, mean, previous, run.status = 0, 0.0, None, "training"
+    while (progress := run.progress() + reserve) < 1:
         set_schedule(optimizer, progress, step)
         batches = [next(loader) for _ in range(micro_batches)]
         loss = train_step(forward, optimizer, [(x, y) for x, y, _ in batches])
@@ -636,6 +634,8 @@ def train(run: Run) -> None:
             mean += (value - mean) / min(step, 10)
             run.status = f"step {step}, {progress:.0%} of the time, loss {mean:.4f}, epoch {batches[-1][2]}"
         step, previous = step + 1, loss
+    if counted:
+        count(run, model, (0, 1))
     run.stop(forward)
     loader.close()
 

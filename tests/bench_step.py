@@ -54,13 +54,14 @@ def train_some(path: str, steps: int, seed: int, corpus: str | None, profiled: b
         """A run of a number of steps that is not judged."""
 
         def start(self, model):
-            self.began = time.perf_counter()
+            self.began, self.before = time.perf_counter(), len(losses)
 
-        def progress(self):
-            times.append(time.perf_counter())
-            if profiled and len(times) == steps - PROFILED:
+        def progress(self):  # also asked after the counts, before the first step
+            done = len(losses) - self.before
+            times[done:] = [time.perf_counter()]
+            if profiled and done == steps - PROFILED - 1:
                 profile.start()
-            return (len(times) - 1) / steps
+            return done / steps
 
         def stop(self, model):
             if profiled:

@@ -303,6 +303,21 @@ def test_rows_depend_on_the_seed_but_not_on_the_batch_size(tokenizer):
     assert {row[0] for row in one} == {tokenizer.get_bos_token_id()}
 
 
+def test_parts_of_the_text_have_no_document_in_common_and_are_all_of_it(corpus):
+    def documents(part):
+        items = prepare.train_documents(corpus, 7, part)
+        return [ids.tobytes() for ids, _ in itertools.takewhile(lambda item: item[1] == 1, items)]
+
+    whole, first, second = documents((0, 1)), documents((0, 0.3)), documents((0.3, 1))
+    assert sorted(first + second) == sorted(whole)
+    assert len(first) == round(0.3 * len(whole))
+
+
+def test_a_part_without_documents_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"part \(0.5, 0.5\) of train_00000.tokens holds none of its \d+ documents"):
+        next(prepare.make_dataloader(tokenizer, 4, 256, "train", part=(0.5, 0.5)))
+
+
 @pytest.mark.gpu
 def test_batches_on_a_gpu_are_those_on_a_cpu(tokenizer, monkeypatch):
     here = take_rows(prepare.make_dataloader(tokenizer, 8, 256, "train"), 200)

@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-import random
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -13,6 +13,11 @@ import prepare
 import train
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_tables(monkeypatch):
+    monkeypatch.setattr(train, "COUNT_ROWS", 10_007)
 
 
 def small_model(vocab_size=256, length=64, depth=4, backend="matmul", dtype=torch.float32):
@@ -82,7 +87,7 @@ def test_logits_stay_within_the_soft_cap_and_are_float32(monkeypatch, cap, most)
 
 def shake(model):
     """Give every weight that starts at zero a value, so that all parts of the model take part."""
-    for p in model.parameters():
+    for p in (*model.parameters(), model.counts):
         with torch.no_grad():
             p.add_(0.1 * torch.randn_like(p))
 
@@ -226,8 +231,10 @@ def test_groups_have_the_rates_of_the_recipe():
 
 
 def test_the_schedule_is_constant_then_falls_linearly_to_zero():
-    assert [train.lr_factor(p) for p in (0.0, 0.3, 0.5, 0.75, 1.0)] == [1.0, 1.0, 1.0, 0.5, 0.0]
     optimizer = train.build_optimizer(small_model(), compiled=False)
+    for progress, part in ((0.0, 1.0), (0.3, 1.0), (0.5, 1.0), (0.75, 0.5), (1.0, 0.0)):
+        train.set_schedule(optimizer, progress, step=0)
+        assert all(group["lr"] == part * group["initial_lr"] for group in optimizer.param_groups)
     train.set_schedule(optimizer, 0.75, 100)
     muon = next(group for group in optimizer.param_groups if group["kind"] == "muon")
     assert muon["momentum"] == pytest.approx(0.9)
@@ -292,16 +299,16 @@ def test_warm_up_leaves_no_trace(tokenizer):
     train.train_step(model, optimizer, [batch])
     tensors = [*model.parameters(), *model.buffers(), *optimizer.tensors()]
     before = [tensor.clone() for tensor in tensors]
-    random_states, seen = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()), []
+    random_state, seen = torch.get_rng_state(), []
 
     def step():
-        random.random(), np.random.rand(), torch.rand(3)
+        torch.rand(3)
         seen.append(train.train_step(model, optimizer, [batch]).item())
 
     train.warm_up(model, optimizer, step)
     assert seen[0] != seen[1]  # it did train
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
-    assert random_states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -311,6 +318,8 @@ def test_warm_up_leaves_no_trace(tokenizer):
         ("DEVICE_BATCH_SIZE", 7, "TOTAL_BATCH_SIZE .* must be a multiple of DEVICE_BATCH_SIZE 7"),
         ("WINDOW_PATTERN", "SXL", "WINDOW_PATTERN"),
         ("HEAD_DIM", 33, "HEAD_DIM 33 must be even"),
+        ("CONTEXTS", (0, 2), r"CONTEXTS \(0, 2\) must be numbers of tokens"),
+        ("COUNTED", 1.0, "COUNTED 1.0 must be more than 0 and less than 1"),
     ],
 )
 def test_settings_that_can_not_work_are_named(monkeypatch, knob, value, message):
@@ -496,6 +505,65 @@ def test_attention_and_mlp_see_each_its_own_part_of_the_position_before(monkeypa
 
 
 # memory and failures
+
+
+# counts
+
+
+def counting_run(tokenizer):
+    return prepare.Run(tokenizer.corpus, tokenizer, CPU, seed=7)
+
+
+def test_counts_are_those_of_what_follows_in_the_part_that_is_counted(tokenizer, monkeypatch):
+    monkeypatch.setattr(train, "COUNTED_TOKENS", (2**14, 2**18))
+    model = small_model(tokenizer.get_vocab_size(), length=256)
+    assert train.count(counting_run(tokenizer), model, (0, 0.5))
+    after = [defaultdict(Counter) for _ in train.CONTEXTS]
+    loader = prepare.make_dataloader(tokenizer, 2**18 // 256, 256, "train", 7, (0, 0.5))
+    x, y, _ = next(loader)
+    loader.close()
+    for context, follows in zip(train.CONTEXTS, after, strict=True):
+        for slot, token in zip(train.context_slots(x, context).flatten().tolist(), y.flatten().tolist(), strict=True):
+            follows[slot][token] += 1
+    width = model.counts.size(-1)
+    vectors = torch.randn(tokenizer.get_vocab_size(), width, generator=torch.Generator().manual_seed(0))
+    for table, follows in zip(model.counts, after, strict=True):
+        for slot in (*list(follows)[:50], *(set(range(200)) - set(follows))):
+            seen = follows[slot] if slot in follows else Counter()
+            expected = sum((n * vectors[token] for token, n in seen.items()), torch.zeros(width)) / (seen.total() + 1)
+            torch.testing.assert_close(table[slot], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_slot_is_of_the_last_tokens_alone_and_hardly_shared():
+    ids = torch.randint(4096, (64, 256), generator=torch.Generator().manual_seed(0))
+    for context in (1, 2, 3, 4):
+        slots = train.context_slots(ids, context)
+        assert set(slots.flatten().tolist()) <= set(range(train.COUNT_ROWS))
+        changed = ids.clone()
+        changed[:, 100] += 1
+        moved = (train.context_slots(changed, context) != slots).any(0)
+        assert moved.nonzero().flatten().tolist() == list(range(100, 100 + context))
+        assert (
+            len(slots.unique()) > 0.95 * train.COUNT_ROWS * (1 - math.exp(-ids.numel() / train.COUNT_ROWS))
+            or context == 1
+        )
+        assert torch.equal(train.context_slots(ids[:, :1], context), slots[:, :1])
+
+
+def test_counts_reach_the_logits(tokenizer):
+    model = small_model()
+    ids = random_ids(model)
+    shake(model)
+    before = model(ids)
+    with torch.no_grad():
+        model.counts.zero_()
+    assert not torch.allclose(model(ids), before)
+
+
+def test_too_little_text_is_not_counted_but_trained_on(tokenizer, monkeypatch):
+    model = small_model(tokenizer.get_vocab_size(), length=256)
+    assert not train.count(counting_run(tokenizer), model, (0, 0.5))
+    assert not model.counts.any()
 
 
 class Failing(torch.nn.Module):
