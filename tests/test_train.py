@@ -534,6 +534,18 @@ def test_counts_are_those_of_what_follows_in_the_part_that_is_counted(tokenizer,
             torch.testing.assert_close(table[slot], expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.gpu
+def test_counts_on_a_gpu_are_those_on_a_cpu(tokenizer, monkeypatch):
+    monkeypatch.setattr(train, "COUNTED_TOKENS", (2**14, 2**18))
+    run, model = counting_run(tokenizer), small_model(tokenizer.get_vocab_size(), length=256)
+    assert train.count(run, model, (0, 0.5))
+    expected = model.counts.clone()
+    monkeypatch.setattr(prepare, "get_device", lambda: torch.device("cuda"))
+    run.device = torch.device("cuda")
+    assert train.count(run, model.to("cuda"), (0, 0.5))
+    torch.testing.assert_close(model.counts.cpu(), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_a_slot_is_of_the_last_tokens_alone_and_hardly_shared():
     ids = torch.randint(4096, (64, 256), generator=torch.Generator().manual_seed(0))
     for context in (1, 2, 3, 4):
