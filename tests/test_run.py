@@ -319,21 +319,37 @@ def test_parameters_that_change_after_the_five_minutes_are_refused(clocked):
         run.finish(model, 16, steps=1, tokens=1, depth=1, mfu=0.0)
 
 
-def test_the_first_step_after_the_warm_up_sees_the_first_of_the_data(corpus, tokenizer, monkeypatch):
-    for name, value in {"DEPTH": 1, "DEVICE_BATCH_SIZE": 4, "TOTAL_BATCH_SIZE": 4 * 256}.items():
+@pytest.mark.parametrize(
+    ("counted_tokens", "part", "counts"),
+    [
+        ((2**30, 2**30), (0, 1), [((0, 0.5), False)]),  # too little text
+        ((2**14, 2**18), (0.5, 1), [((0, 0.5), True), ((0, 1), True)]),  # all of it in the end
+    ],
+)
+def test_the_first_step_after_the_warm_up_sees_the_first_of_the_data_that_are_not_counted(
+    corpus, tokenizer, monkeypatch, counted_tokens, part, counts
+):
+    small = {"DEPTH": 1, "DEVICE_BATCH_SIZE": 4, "TOTAL_BATCH_SIZE": 4 * 256, "COUNT_ROWS": 10_007}
+    for name, value in {**small, "COUNTED_TOKENS": counted_tokens}.items():
         monkeypatch.setattr(train, name, value)
-    monkeypatch.setattr(prepare, "TIME_BUDGET", 2)
+    monkeypatch.setattr(prepare, "TIME_BUDGET", 4)
     monkeypatch.setattr(train, "choose_precision", lambda device: (prepare.torch.float32, False, "for this test"))
-    step, seen = train.train_step, []
+    step, count, seen, counted = train.train_step, train.count, [], []
+
+    def watched_count(run, model, part):
+        counted.append((part, count(run, model, part)))
+        return counted[-1][1]
 
     def watched(model, optimizer, batches):
         seen.append((batches[0][0].tolist(), float(optimizer.steps), model.head.weight.sum().item()))
         return step(model, optimizer, batches)
 
     monkeypatch.setattr(train, "train_step", watched)
+    monkeypatch.setattr(train, "count", watched_count)
     run = prepare.Run(corpus, tokenizer, prepare.torch.device("cpu"), 7)
     train.train(run)
-    expected = prepare.make_dataloader(tokenizer, 4, 256, "train", 7)
+    assert counted == counts
+    expected = prepare.make_dataloader(tokenizer, 4, 256, "train", 7, part)
     warm_up, again, first, second = seen[:4]
     assert again[1:] != warm_up[1:] == first[1:]  # it trained, and was undone
     assert [first[0], second[0]] == [next(expected)[0].tolist() for _ in range(2)]
