@@ -838,15 +838,16 @@ def train_documents(corpus: Corpus, seed: int, part: tuple = (0, 1)) -> Iterator
     """
     names, bos = token_files(corpus), Tokenizer(corpus).get_bos_token_id()
     for epoch in itertools.count(1):
-        rng = np.random.default_rng([seed, epoch])
+        rng, documents = np.random.default_rng([seed, epoch]), 0
         for name in rng.permutation(names):
             tokens = np.asarray(np.memmap(corpus.directory / name, dtype=np.uint16, mode="r"))
             starts = np.append(np.flatnonzero(tokens == bos), len(tokens))
             first, end = (round(bound * (len(starts) - 1)) for bound in part)
-            if first >= end:
-                raise ValueError(f"part {part} of {name} holds none of its {len(starts) - 1} documents")
+            documents += end - first
             for i in first + rng.permutation(end - first):
                 yield tokens[starts[i] : starts[i + 1]], epoch
+        if not documents:
+            raise ValueError(f"part {part} of {corpus.directory} holds no document")
 
 
 def read_val_rows(corpus: Corpus) -> np.ndarray:
@@ -858,7 +859,7 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, seed=SEED,
     """Yield (x, y, epoch) for ever: inputs and targets, int64 (B, T), on the device, made ready by a background thread.
 
     `split` is train, or val for the fixed rows over and over. The rows depend on corpus, T and seed, not on B. `part`:
-    (0.5, 1) is the second half of the text to train on; parts that do not overlap have no document in common.
+    (0.5, 1) is the second half of each shard; parts that do not overlap have no document in common.
     """
     device, corpus = get_device(), tokenizer.corpus
     if split == "train":

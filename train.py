@@ -39,7 +39,7 @@ ROTARY_BASE = 200_000  # instead of 10,000: -0.0012
 SHIFT = (0.25, 0.0)  # of attention's and the MLP's channels, from the position before; -0.0070 in 100 s of an H200
 SOFT_CAP = 15.0  # logits are squeezed into ±SOFT_CAP; 0: they are not
 CONTEXTS = ()  # numbers of tokens: what follows so many last ones in a text that is only counted; unmeasured on a GPU
-COUNTED = 0.5  # part of the text that is counted and not trained on, where the counts would know the answer
+COUNTED = 0.5  # part of each shard that is counted, not trained on: there the counts would know the answer
 COUNTED_TOKENS = (2**22, 2**25)  # of fewer no counts are made; more are not counted
 COUNT_ROWS = 1_000_003  # of a table of counts; a context's is its hash modulo this prime
 
@@ -227,7 +227,7 @@ def context_slots(ids: Tensor, context: int) -> Tensor:
     """The row of a table of counts for the last `context` tokens at each position of ids (B, T)."""
     mixed = ids
     for back in range(1, context):
-        mixed = mixed * 36313 + F.pad(ids, (back, 0))[:, : ids.size(1)]
+        mixed = (mixed * 36313 + F.pad(ids, (back, 0))[:, : ids.size(1)]) % COUNT_ROWS
     return mixed % COUNT_ROWS
 
 
@@ -520,11 +520,11 @@ def train_step(model: nn.Module, optimizer: MuonAdamW, batches: list) -> Tensor:
 
 
 def warm_up(model: GPT, optimizer: MuonAdamW, step: Callable[[], Tensor]) -> None:
-    """Compile and allocate on throw-away steps; afterwards weights, optimizer and random state are as before."""
+    """Compile and allocate on throw-away steps that leave weights, optimizer, PyTorch's random state as they were."""
     tensors = [*model.parameters(), *model.buffers(), *optimizer.tensors()]
     before = [tensor.detach().clone() for tensor in tensors]
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             for _ in range(2):
                 step()
     finally:
@@ -571,22 +571,22 @@ def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int
 
 
 @torch.no_grad()
-def count(run: Run, model: GPT, part: tuple[float, float]) -> bool:
-    """Fill the tables of counts from a part of the text: with the sum of a vector for each token that follows."""
+def count(run: Run, model: GPT, part: tuple[float, float]) -> int:
+    """Fill the tables of counts from a part of the text; return how many tokens it had, 0 if they are too few."""
     run.status, length, vocab = "counting", run.corpus.seq_len, model.config.vocab_size
     loader = make_dataloader(run.tokenizer, 64, length, "train", run.seed, part)
     once = takewhile(lambda batch: batch[2] == 1, islice(loader, COUNTED_TOKENS[1] // (64 * length)))
     batches = [(x.short(), y.short()) for x, y, _ in once]
     if len(batches) * 64 * length < COUNTED_TOKENS[0]:
-        return False
+        return 0
     ids, targets = map(torch.cat, zip(*batches, strict=True))
     vectors = torch.randn(vocab, model.counts.size(-1), generator=torch.Generator().manual_seed(0)).to(run.device)
     for table, context in zip(model.counts, CONTEXTS, strict=True):
         keys = (context_slots(ids.long(), context) * vocab + targets).flatten().sort().values
         seen = torch.bincount(keys // vocab, minlength=COUNT_ROWS)
         sums = F.embedding_bag(keys % vocab, vectors, seen.cumsum(0) - seen, mode="sum")
-        table.copy_(sums / (seen + 1)[:, None])  # the mean, but shorter the less often the context was seen
-    return True
+        table.copy_(sums / (seen + 1)[:, None])  # the mean of what followed, but shorter if it was seen seldom
+    return ids.numel()
 
 
 def main() -> None:
@@ -619,9 +619,9 @@ def train(run: Run) -> None:
     gc.collect()
     gc.disable()  # a collection in the middle of a step costs more than the garbage of five minutes
     run.start(model)
-    counted = bool(CONTEXTS) and count(run, model, (0, COUNTED))
-    reserve = run.progress() / COUNTED if counted else 0.0  # the time to count all of the text in the end
-    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed, (counted * COUNTED, 1))
+    counted = count(run, model, (0, COUNTED)) if CONTEXTS else 0
+    reserve = run.progress() * min(1 / COUNTED, COUNTED_TOKENS[1] / counted) if counted else 0.0  # to count again
+    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed, (COUNTED if counted else 0, 1))
     step, mean, previous, run.status = 0, 0.0, None, "training"
     while (progress := run.progress() + reserve) < 1:
         set_schedule(optimizer, progress, step)
@@ -634,7 +634,7 @@ def train(run: Run) -> None:
             mean += (value - mean) / min(step, 10)
             run.status = f"step {step}, {progress:.0%} of the time, loss {mean:.4f}, epoch {batches[-1][2]}"
         step, previous = step + 1, loss
-    if counted:
+    if counted:  # from all of the text, no step will be misled any more
         count(run, model, (0, 1))
     run.stop(forward)
     loader.close()

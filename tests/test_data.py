@@ -314,7 +314,7 @@ def test_parts_of_the_text_have_no_document_in_common_and_are_all_of_it(corpus):
 
 
 def test_a_part_without_documents_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"part \(0.5, 0.5\) of train_00000.tokens holds none of its \d+ documents"):
+    with pytest.raises(ValueError, match=r"part \(0.5, 0.5\) of .* holds no document"):
         next(prepare.make_dataloader(tokenizer, 4, 256, "train", part=(0.5, 0.5)))
 
 

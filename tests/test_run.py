@@ -320,24 +320,31 @@ def test_parameters_that_change_after_the_five_minutes_are_refused(clocked):
 
 
 @pytest.mark.parametrize(
-    ("counted_tokens", "part", "counts"),
+    ("counted_tokens", "part", "counts", "steps"),
     [
-        ((2**30, 2**30), (0, 1), [((0, 0.5), False)]),  # too little text
-        ((2**14, 2**18), (0.5, 1), [((0, 0.5), True), ((0, 1), True)]),  # all of it in the end
+        ((2**30, 2**30), (0, 1), [((0, 0.5), 0)], 45),  # too little text
+        (
+            (2**14, 2**18),
+            (0.5, 1),
+            [((0, 0.5), 2**18), ((0, 1), 2**18)],
+            39,
+        ),  # a tenth of the time for the second count
     ],
 )
 def test_the_first_step_after_the_warm_up_sees_the_first_of_the_data_that_are_not_counted(
-    corpus, tokenizer, monkeypatch, counted_tokens, part, counts
+    corpus, tokenizer, monkeypatch, counted_tokens, part, counts, steps
 ):
     small = {"DEPTH": 1, "DEVICE_BATCH_SIZE": 4, "TOTAL_BATCH_SIZE": 4 * 256, "COUNT_ROWS": 10_007}
     for name, value in {**small, "COUNTED_TOKENS": counted_tokens}.items():
         monkeypatch.setattr(train, name, value)
-    monkeypatch.setattr(prepare, "TIME_BUDGET", 4)
+    ticks = itertools.count(5)
+    monkeypatch.setattr(prepare.Run, "progress", lambda run: next(ticks) / 50)
     monkeypatch.setattr(train, "choose_precision", lambda device: (prepare.torch.float32, False, "for this test"))
-    step, count, seen, counted = train.train_step, train.count, [], []
+    step, count, seen, counted, tables = train.train_step, train.count, [], [], []
 
     def watched_count(run, model, part):
         counted.append((part, count(run, model, part)))
+        tables.append(model.counts.sum().item())
         return counted[-1][1]
 
     def watched(model, optimizer, batches):
@@ -349,6 +356,8 @@ def test_the_first_step_after_the_warm_up_sees_the_first_of_the_data_that_are_no
     run = prepare.Run(corpus, tokenizer, prepare.torch.device("cpu"), 7)
     train.train(run)
     assert counted == counts
+    assert len(set(tables)) == len(counts)  # counted anew, from other text
+    assert len(seen) == 2 + steps
     expected = prepare.make_dataloader(tokenizer, 4, 256, "train", 7, part)
     warm_up, again, first, second = seen[:4]
     assert again[1:] != warm_up[1:] == first[1:]  # it trained, and was undone
