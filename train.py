@@ -8,6 +8,7 @@ import gc
 import logging
 import math
 import os
+import random
 import shutil
 import warnings
 from collections.abc import Callable
@@ -18,10 +19,10 @@ from multiprocessing.pool import ThreadPool
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: on a CPU page faults take a tenth of a step
 
+import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._triton import has_triton
 
@@ -383,8 +384,7 @@ def muon_update(p: Tensor, g: Tensor, velocity: Tensor, variance: Tensor, settin
     variance.lerp_(step.square().mean(-1 if variance.size(-1) == 1 else -2, keepdim=True), 1 - settings["beta2"])
     step = step * variance.clamp(min=1e-10).rsqrt()
     step = step * (size / step.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
-    agree = (step * p >= 0).to(p.dtype)
-    p.sub_(lr * (step + settings["weight_decay"] * agree * p))
+    p.sub_(lr * (step + settings["weight_decay"] * (step * p >= 0) * p))
 
 
 def adamw_update(p: Tensor, g: Tensor, mean: Tensor, square: Tensor, step: Tensor | int, settings: dict) -> None:
@@ -520,18 +520,19 @@ def train_step(model: nn.Module, optimizer: MuonAdamW, batches: list) -> Tensor:
 
 
 def warm_up(model: GPT, optimizer: MuonAdamW, step: Callable[[], Tensor]) -> None:
-    """Compile and allocate on throw-away steps that leave weights, optimizer, PyTorch's random state as they were."""
+    """Compile and allocate on throw-away steps that leave weights, optimizer and random state as they were."""
     tensors = [*model.parameters(), *model.buffers(), *optimizer.tensors()]
-    before = [tensor.detach().clone() for tensor in tensors]
+    before, states = [tensor.detach().clone() for tensor in tensors], (random.getstate(), np.random.get_state())
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             for _ in range(2):
                 step()
     finally:
         optimizer.zero_grad()
+        random.setstate(states[0])
+        np.random.set_state(states[1])
         with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
+            torch._foreach_copy_(tensors, before)
 
 
 def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int]:
@@ -639,8 +640,7 @@ def train(run: Run) -> None:
     run.stop(forward)
     loader.close()
 
-    run.status = f"evaluating after {step} steps"
-    tokens = step * TOTAL_BATCH_SIZE
+    run.status, tokens = f"evaluating after {step} steps", step * TOTAL_BATCH_SIZE
     mfu = 100 * model.flops_per_token() * tokens / run.seconds / peak if peak else 0.0
     run.finish(forward, rows, step, tokens, config.depth, mfu)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import random
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -299,16 +300,16 @@ def test_warm_up_leaves_no_trace(tokenizer):
     train.train_step(model, optimizer, [batch])
     tensors = [*model.parameters(), *model.buffers(), *optimizer.tensors()]
     before = [tensor.clone() for tensor in tensors]
-    random_state, seen = torch.get_rng_state(), []
+    random_states, seen = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()), []
 
     def step():
-        torch.rand(3)
+        random.random(), np.random.rand(), torch.rand(3)
         seen.append(train.train_step(model, optimizer, [batch]).item())
 
     train.warm_up(model, optimizer, step)
     assert seen[0] != seen[1]  # it did train
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
-    assert torch.equal(torch.get_rng_state(), random_state)
+    assert random_states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -504,9 +505,6 @@ def test_attention_and_mlp_see_each_its_own_part_of_the_position_before(monkeypa
         assert moved.any(-1).tolist() == [[False, False, True, part > 0, False]]
 
 
-# memory and failures
-
-
 # counts
 
 
@@ -586,6 +584,9 @@ def test_too_little_text_is_not_counted_but_trained_on(tokenizer, monkeypatch):
     model = small_model(tokenizer.get_vocab_size(), length=256)
     assert not train.count(counting_run(tokenizer), model, (0, 0.5))
     assert not model.counts.any()
+
+
+# memory and failures
 
 
 class Failing(torch.nn.Module):
