@@ -18,6 +18,7 @@ import importlib.metadata
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -32,10 +33,12 @@ import sys
 import threading
 import time
 import traceback
+import types
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
@@ -48,6 +51,7 @@ import rustbpe
 import tiktoken
 import torch
 import torch.nn.functional as F
+from torch.utils._triton import has_triton
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
@@ -1101,6 +1105,40 @@ class Run:
         total, params = time.perf_counter() - self.started, sum(p.numel() for p in model.parameters())
         figures = val_bpb, self.seconds, total, peak, mfu, tokens / 1e6, steps, params / 1e6, depth
         self.summary = {name: format(figures[i], spec) for i, (name, spec) in enumerate(SUMMARY.items())}
+
+
+@functools.cache
+def load_kernel(repo_id: str, revision: str) -> types.ModuleType:
+    """Load a kernel, without asking the hub where it was downloaded before. Raises whatever is in the way."""
+    from huggingface_hub import constants, utils
+    from kernels import get_kernel, get_local_kernel, install_kernel
+
+    logging.getLogger("kernels").setLevel(logging.ERROR)
+    if repo_id in os.environ.get("LOCAL_KERNELS", ""):  # repository=folder, a build of your own
+        return get_kernel(repo_id, revision)
+    try:
+        path = install_kernel(repo_id, revision, local_files_only=True)
+    except Exception:
+        if constants.HF_HUB_OFFLINE:
+            raise
+        pool, url = ThreadPool(2), f"{constants.ENDPOINT}/api/organizations/{repo_id.split('/')[0]}/overview"
+        pool.apply_async(requests.get, [url], {"timeout": 2}).get(3).raise_for_status()  # looking up a name may hang
+        print(f"downloading {repo_id}, once", flush=True)
+        utils.disable_progress_bars()
+        path = pool.apply_async(install_kernel, args=[repo_id, revision]).get(60)
+    return get_local_kernel(path)
+
+
+def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
+    """Return the dtype to compute in, whether to compile, and why."""
+    compiler = any(map(shutil.which, ("gcc", "g++", "clang", "clang++")))
+    if device.type == "cuda":
+        works = compiler and has_triton()
+        return torch.bfloat16, works, "a GPU" if works else "torch.compile needs Triton and a C compiler (gcc)"
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.float32, False, "this CPU has no AVX512-BF16 or AMX"
+    lack = "" if compiler else ", but torch.compile needs a C++ compiler (g++)"
+    return torch.bfloat16, compiler, f"the CPU has bf16 instructions{lack}"
 
 
 # Dense bf16 TFLOP/s with float32 sums, by a pattern for the device's name: datasheets of NVIDIA and AMD, for RTX cards

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import prepare
 import train
 
 CPU = torch.device("cpu")
@@ -123,9 +124,9 @@ def local_kernel(tmp_path, monkeypatch):
         write_kernel(tmp_path / "kernel", **parts)
         monkeypatch.setenv("LOCAL_KERNELS", f"{train.FLASH_KERNEL['repo_id']}={tmp_path / 'kernel'}")
 
-    train.flash_attention.cache_clear()
+    prepare.load_kernel.cache_clear()
     yield write
-    train.flash_attention.cache_clear()
+    prepare.load_kernel.cache_clear()
 
 
 @pytest.fixture

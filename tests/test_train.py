@@ -4,6 +4,7 @@ import importlib.util
 import math
 import random
 from collections import Counter, defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small_tables(monkeypatch):
     monkeypatch.setattr(train, "COUNT_ROWS", 10_007)
+    monkeypatch.setattr(train, "CONTEXTS", (2, 3, 4))  # on a GPU too
 
 
 def small_model(vocab_size=256, length=64, depth=4, backend="matmul", dtype=torch.float32):
@@ -86,19 +88,25 @@ def test_logits_stay_within_the_soft_cap_and_are_float32(monkeypatch, cap, most)
     assert 0.999 * most < logits.abs().max() <= most
 
 
-def shake(model):
-    """Give every weight that starts at zero a value, so that all parts of the model take part."""
-    for p in (*model.parameters(), model.counts):
-        with torch.no_grad():
+def shake(model, *ids):
+    """Give every weight that starts at zero a value, and guesses to all contexts in ids: all parts take part."""
+    with torch.no_grad():
+        for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
+    for i, context in enumerate(train.CONTEXTS):
+        for batch in ids:
+            mixed = train.hash_contexts(batch, context).flatten()
+            packed = torch.randint(model.config.vocab_size * 2**16, (len(mixed), train.GUESSES))
+            rows = torch.cat([mixed[:, None] // train.COUNT_ROWS + 1, packed], 1)
+            model.table[i][mixed % train.COUNT_ROWS] = rows.int()
 
 
 def test_later_tokens_do_not_change_earlier_logits_and_earlier_ones_change_later():
     model = small_model()
-    shake(model)
     ids = random_ids(model, rows=1)
     changed = ids.clone()
     changed[0, 20] = (ids[0, 20] + 1) % 256
+    shake(model, ids, changed)
     moved = (model(ids) - model(changed)).abs().amax(-1)[0] > 1e-6
     assert not moved[:20].any()
     assert moved[20:].all()
@@ -106,8 +114,8 @@ def test_later_tokens_do_not_change_earlier_logits_and_earlier_ones_change_later
 
 def test_every_parameter_gets_a_gradient():
     model = small_model()
-    shake(model)
     ids = random_ids(model)
+    shake(model, ids)
     model(ids[:, :-1], ids[:, 1:]).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -217,7 +225,13 @@ def test_adamw_is_that_of_pytorch():
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_groups_have_the_rates_of_the_recipe():
+@pytest.fixture
+def rates(monkeypatch):
+    for name, rate in {"EMBEDDING_LR": 0.9, "HEAD_LR": 0.005, "MATRIX_LR": 0.04, "TRUST_LR": 0.0004}.items():
+        monkeypatch.setattr(train, name, rate)
+
+
+def test_groups_have_the_rates_of_the_recipe(rates):
     model = small_model()
     groups = train.build_optimizer(model, compiled=False).param_groups
     assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in model.parameters())
@@ -226,12 +240,13 @@ def test_groups_have_the_rates_of_the_recipe():
     assert rate[id(model.embedding.weight)]["lr"] == pytest.approx(0.9 * scale)
     assert rate[id(model.value_embeddings["3"].weight)]["lr"] == pytest.approx(0.9 * scale)
     assert rate[id(model.head.weight)]["lr"] == pytest.approx(0.005 * scale)
+    assert rate[id(model.trust)]["lr"] == pytest.approx(0.0004 * scale)
     assert rate[id(model.residual_scales)]["lr"] == pytest.approx(0.005)
     assert rate[id(model.first_scales)]["lr"] == pytest.approx(0.5)
     assert {rate[id(p)]["kind"] for p in model.blocks.parameters()} == {"muon"}
 
 
-def test_the_schedule_is_constant_then_falls_linearly_to_zero():
+def test_the_schedule_is_constant_then_falls_linearly_to_zero(rates):
     optimizer = train.build_optimizer(small_model(), compiled=False)
     for progress, part in ((0.0, 1.0), (0.3, 1.0), (0.5, 1.0), (0.75, 0.5), (1.0, 0.0)):
         train.set_schedule(optimizer, progress, step=0)
@@ -412,8 +427,10 @@ def test_a_compiled_model_learns_on_a_gpu(tokenizer):
     assert losses[-1] < losses[0] - 2.0
 
 
-def reference_loss(x, weight, targets):
+def reference_loss(x, weight, targets, guesses=None, bonus=None):
     logits = x.double() @ weight.double().T
+    if guesses is not None:
+        logits = logits + (F.one_hot(guesses, len(weight)) * bonus[..., None].double()).sum(1)
     cap = train.SOFT_CAP
     return F.cross_entropy(cap * torch.tanh(logits / cap) if cap else logits, targets)
 
@@ -434,16 +451,23 @@ def test_the_loss_in_bf16_has_gradients_as_good_as_bf16_allows(monkeypatch, cap)
 
 @pytest.mark.parametrize("cap", [15.0, 0.0])
 @pytest.mark.parametrize("tokens", [64, 100, 7])  # in chunks of 32: whole ones, a rest, less than one
-def test_the_loss_in_chunks_and_its_gradients_are_those_of_pytorch(monkeypatch, tokens, cap):
+@pytest.mark.parametrize("with_guesses", [False, True])
+def test_the_loss_in_chunks_and_its_gradients_are_those_of_pytorch(monkeypatch, tokens, cap, with_guesses):
     monkeypatch.setattr(train, "SOFT_CAP", cap)
     monkeypatch.setattr(train, "HEAD_CHUNK", 32)
     torch.manual_seed(0)
     x = torch.randn(tokens, 16, requires_grad=True)
     weight = torch.randn(50, 16).mul(5 if cap else 2).requires_grad_()  # most logits are near the cap
-    targets = torch.randint(50, (tokens,))
-    seen, expected = train.CappedCrossEntropy.apply(x, weight, targets), reference_loss(x, weight, targets)
+    targets, inputs, extra = torch.randint(50, (tokens,)), [x, weight], []
+    if with_guesses:
+        extra = [torch.randint(50, (tokens, 4)), torch.randn(tokens, 4, requires_grad=True)]  # some token twice
+        inputs.append(extra[1])
+    seen, expected = (
+        train.CappedCrossEntropy.apply(x, weight, targets, *extra),
+        reference_loss(*inputs[:2], targets, *extra),
+    )
     assert seen.item() == pytest.approx(expected.item(), rel=1e-5)
-    ours, theirs = (torch.autograd.grad(3 * loss, (x, weight)) for loss in (seen, expected))
+    ours, theirs = (torch.autograd.grad(3 * loss, inputs) for loss in (seen, expected))
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
@@ -505,85 +529,115 @@ def test_attention_and_mlp_see_each_its_own_part_of_the_position_before(monkeypa
         assert moved.any(-1).tolist() == [[False, False, True, part > 0, False]]
 
 
-# counts
+# guesses
 
 
 def counting_run(tokenizer):
     return prepare.Run(tokenizer.corpus, tokenizer, CPU, seed=7)
 
 
-def test_counts_are_those_of_what_follows_in_the_part_that_is_counted(tokenizer, monkeypatch):
-    monkeypatch.setattr(train, "COUNTED_TOKENS", (2**14, 2**18))
-    monkeypatch.setattr(train, "COUNT_ROWS", 1_000_003)
-    model = small_model(tokenizer.get_vocab_size(), length=256)
-    assert train.count(counting_run(tokenizer), model, (0, 0.5))
-    after = [defaultdict(Counter) for _ in train.CONTEXTS]
-    loader = prepare.make_dataloader(tokenizer, 2**18 // 256, 256, "train", 7, (0, 0.5))
+def counted_batch(tokenizer, rows=2**18 // 256):
+    loader = prepare.make_dataloader(tokenizer, rows, 256, "train", 7, (0, 0.5))
     x, y, _ = next(loader)
     loader.close()
-    for context, follows in zip(train.CONTEXTS, after, strict=True):
-        for slot, token in zip(train.context_slots(x, context).flatten().tolist(), y.flatten().tolist(), strict=True):
-            follows[slot][token] += 1
-    width = model.counts.size(-1)
-    vectors = torch.randn(tokenizer.get_vocab_size(), width, generator=torch.Generator().manual_seed(0))
-    for table, follows in zip(model.counts, after, strict=True):
-        unseen = [slot for slot in range(train.COUNT_ROWS) if slot not in follows]
-        assert unseen
-        for slot in (*list(follows)[:50], *unseen[:50]):
-            seen = follows.get(slot, Counter())
-            expected = sum((n * vectors[token] for token, n in seen.items()), torch.zeros(width)) / (seen.total() + 1)
-            torch.testing.assert_close(table[slot], expected, rtol=1e-3, atol=1e-4)
+    return x, y
+
+
+def contexts_of(ids, context):
+    """The last tokens at each position, zeros before the first."""
+    return [tuple(last) for last in F.pad(ids, (context - 1, 0)).unfold(1, context, 1).flatten(0, 1).tolist()]
+
+
+@pytest.mark.parametrize("rows", [2**20, 2**10])
+def test_guesses_are_what_followed_most_often_in_the_part_that_is_counted(tokenizer, monkeypatch, rows):
+    monkeypatch.setattr(train, "COUNTED_TOKENS", (2**14, 2**18))
+    monkeypatch.setattr(train, "COUNT_ROWS", rows)
+    model = small_model(tokenizer.get_vocab_size(), length=256)
+    assert train.count(counting_run(tokenizer), model, (0, 0.5)) == 2**18
+    x, y = counted_batch(tokenizer)
+    other = torch.randint(tokenizer.get_vocab_size(), (8, 256))
+    guesses, weights = model.look_up(torch.cat([x[:32], other]))
+    assert guesses.shape == weights.shape == (40, 256, len(train.CONTEXTS), train.GUESSES)
+    for i, context in enumerate(train.CONTEXTS):
+        follows, owners = defaultdict(Counter), Counter()
+        for last, token in zip(contexts_of(x, context), y.flatten().tolist(), strict=True):
+            follows[last][token] += 1
+        for last, seen in follows.items():
+            row = train.hash_contexts(torch.tensor([last]), context)[0, -1].item() % rows
+            owners[row] = max(owners[row], seen.total())
+        found = 0
+        seen_here = zip(
+            guesses[..., i, :].flatten(0, 1).tolist(), weights[..., i, :].flatten(0, 1).tolist(), strict=True
+        )
+        for last, (tokens, shares) in zip(contexts_of(torch.cat([x[:32], other]), context), seen_here, strict=True):
+            if not any(shares):  # not in the text, or another context that was seen as often has its row
+                row = train.hash_contexts(torch.tensor([last]), context)[0, -1].item() % rows
+                assert follows[last].total() <= owners[row]
+                continue
+            found += 1
+            best = [n for _, n in follows[last].most_common(train.GUESSES)]
+            expected = [math.sqrt(n / (follows[last].total() + 1)) for n in best]
+            assert shares == pytest.approx([*expected, *[0.0] * (train.GUESSES - len(best))], abs=2**-15)
+            assert [follows[last][token] for token in tokens[: len(best)]] == best
+            assert len(set(tokens[: len(best)])) == len(best)
+        assert found > (0.9 if rows == 2**20 else 0.02) * 32 * 256
 
 
 @pytest.mark.gpu
-def test_counts_on_a_gpu_are_those_on_a_cpu(tokenizer, monkeypatch):
+def test_guesses_on_a_gpu_are_those_on_a_cpu(tokenizer, monkeypatch):
     monkeypatch.setattr(train, "COUNTED_TOKENS", (2**14, 2**18))
     run, model = counting_run(tokenizer), small_model(tokenizer.get_vocab_size(), length=256)
     assert train.count(run, model, (0, 0.5))
-    expected = model.counts.clone()
+    x, _ = counted_batch(tokenizer, 4)
+    expected, table = model.look_up(x), model.table.clone()
     monkeypatch.setattr(prepare, "get_device", lambda: torch.device("cuda"))
     run.device = torch.device("cuda")
     assert train.count(run, model.to("cuda"), (0, 0.5))
-    torch.testing.assert_close(model.counts.cpu(), expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(model.table.cpu(), table)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(model.look_up(x.cuda()), expected, strict=True))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("context", [1, 2, 3, 4, 6])
-def test_a_slot_is_the_hash_of_the_last_tokens(monkeypatch, context, compiled):
-    monkeypatch.setattr(train, "COUNT_ROWS", 1_000_003)
+def test_a_context_is_known_by_a_hash_of_its_tokens(context, compiled):
     ids = torch.randint(32768, (4, 32), generator=torch.Generator().manual_seed(0))
-    slots = (torch.compile(train.context_slots) if compiled else train.context_slots)(ids, context)
-    for row, seen in zip(ids.tolist(), slots.tolist(), strict=True):
-        for i in range(len(row)):
-            last = [row[i - back] if back <= i else 0 for back in range(context)]
-            assert seen[i] == sum(x * 36313 ** (context - 1 - back) for back, x in enumerate(last)) % 1_000_003
+    seen = (torch.compile(train.hash_contexts) if compiled else train.hash_contexts)(ids, context)
+    for last, mixed in zip(contexts_of(ids, context), seen.flatten().tolist(), strict=True):
+        assert mixed == sum(x * 26544357**back for back, x in enumerate(last)) % 2 ** (38 if context > 1 else 64)
 
 
-def test_contexts_of_real_text_hardly_share_a_row(tokenizer, monkeypatch):
-    monkeypatch.setattr(train, "COUNT_ROWS", 1_000_003)
-    loader = prepare.make_dataloader(tokenizer, 256, 256, "train")
-    ids, _, _ = next(loader)
-    loader.close()
-    for context in (2, 3, 4):
-        contexts = ids.unfold(1, context, 1).flatten(0, 1).unique(dim=0)
-        slots = train.context_slots(ids, context)[:, context - 1 :].unique()
-        assert len(slots) > 0.95 * len(contexts)
+def test_contexts_of_real_text_share_no_hash(tokenizer):
+    x, _ = counted_batch(tokenizer)
+    for context in (2, 3, 4, 6):
+        assert len(train.hash_contexts(x, context).unique()) == len(set(contexts_of(x, context)))
 
 
-def test_counts_reach_the_logits(tokenizer):
+def test_guesses_add_to_their_logits_and_change_what_the_blocks_see(monkeypatch):
+    monkeypatch.setattr(train, "SOFT_CAP", 0.0)
     model = small_model()
     ids = random_ids(model)
-    shake(model)
-    before = model(ids)
+    shake(model, ids)
     with torch.no_grad():
-        model.counts.zero_()
-    assert not torch.allclose(model(ids), before)
+        logits = model(ids)
+        guesses, weights = model.look_up(ids)
+        assert weights.any(-1).float().mean() > 0.9
+        trust = model.trust.clone()
+        model.trust.zero_()
+        without = model(ids)
+        model.table.zero_()
+        assert not torch.allclose(model(ids), without)
+        model.trust.copy_(trust)
+        assert not model.look_up(ids)[1].any()
+    guessed = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, guesses.flatten(2), weights.flatten(2) > 0)
+    changed = (logits - without).abs() > 1e-6
+    assert not (changed & ~F.one_hot(guesses.flatten(2), 256).any(2)).any()
+    assert (changed & guessed).sum() > 0.9 * guessed.sum()
 
 
-def test_too_little_text_is_not_counted_but_trained_on(tokenizer, monkeypatch):
+def test_too_little_text_is_not_counted_but_trained_on(tokenizer):
     model = small_model(tokenizer.get_vocab_size(), length=256)
     assert not train.count(counting_run(tokenizer), model, (0, 0.5))
-    assert not model.counts.any()
+    assert not model.table.any()
 
 
 # memory and failures
@@ -685,7 +739,8 @@ def test_what_does_not_compile_is_done_another_way(tokenizer, monkeypatch, capsy
 
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(train, "FORCED_BACKEND", forced)
-    monkeypatch.setattr(train, "flash_attention", lambda: attention_of_a_window)
+    kernel = SimpleNamespace(flash_attn_func=attention_of_a_window)
+    monkeypatch.setattr(train, "load_kernel", lambda repo_id, revision: kernel)
     monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 16)
     monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 16 * tokenizer.corpus.seq_len)
     model = small_model(tokenizer.get_vocab_size(), tokenizer.corpus.seq_len, depth=2)
