@@ -38,7 +38,7 @@ ROTARY_BASE = 200_000  # instead of 10,000: -0.0012
 SHIFT = (0.25, 0.0)  # of attention's and the MLP's channels, from the position before; -0.0070 in 100 s of an H200
 SOFT_CAP = 15.0  # logits are squeezed into ±SOFT_CAP; 0: they are not
 CONTEXTS = ()  # numbers of tokens: what follows so many last ones in a text that is only counted; unmeasured on a GPU
-GUESSES = 3  # of the next token for each of CONTEXTS: those that followed it most often
+GUESSES = 6  # of the next token for each of CONTEXTS: those that followed it most often
 COUNTED = 0.5  # part of each shard that is counted, not trained on: there the guesses would be too good
 COUNTED_TOKENS = (2**22, 2**25)  # of fewer no counts are made; more are not counted
 COUNT_ROWS = 2**23  # contexts in a table of guesses, of those with the same row the one seen most often
@@ -68,7 +68,7 @@ if get_device().type == "cpu":
     DEPTH, ASPECT_RATIO, HEAD_DIM = 4, 48, 64
     WINDOW_PATTERN, SHORT_WINDOW, WARMDOWN, FINAL_LR = "SSSL", 1 / 2, 0.5, 0.0  # WARMDOWN 0.75: +0.011 in 190 steps
     SHIFT, SOFT_CAP, CONTEXTS = (0.5, 0.5), 0.0, (2, 3, 4)  # without the cap a micro-batch takes 0.93 of the time
-    TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE, HEAD_CHUNK = 2**13, 16, 2**10
+    TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE, HEAD_CHUNK = 2**12, 16, 2**10
     EMBEDDING_LR, HEAD_LR, MATRIX_LR = 0.63, 0.0035, 0.028  # √½ of a GPU's
 
 # Attention ------------------------------------------------------------------------------------------------------------

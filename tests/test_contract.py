@@ -26,7 +26,6 @@ SHORTER = {
     "prepare.py": {"TIME_BUDGET = 300": "TIME_BUDGET = 0.5", "RUN_LIMIT = 600": "RUN_LIMIT = 120"},
     "train.py": {
         "HEAD_DIM = 4, 48, 64": "HEAD_DIM = 1, 64, 64",
-        "HEAD_CHUNK = 2**13, 16": "HEAD_CHUNK = 2**12, 16",
         "COUNT_ROWS = 2**23": "COUNT_ROWS = 2**10",
     },
 }
