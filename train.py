@@ -2,7 +2,6 @@
 
 uv run train.py                        # the corpus that this machine prefers, seed 42
 uv run train.py --corpus FOLDER        # your own text
-uv run train.py --help
 """
 
 import gc
@@ -10,64 +9,69 @@ import logging
 import math
 import os
 import random
-import re
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
+from itertools import islice, takewhile
 from multiprocessing.pool import ThreadPool
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: on a CPU page faults take a tenth of a step
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.utils._triton import has_triton
 
-from prepare import Run, get_device, make_dataloader, training_run
+from prepare import Run, choose_precision, get_device, load_kernel, make_dataloader, peak_flops, training_run
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Knobs
+# Knobs ----------------------------------------------------------------------------------------------------------------
 
 # model
-DEPTH = 8  # blocks
-ASPECT_RATIO = 64  # width per block; the width is DEPTH * ASPECT_RATIO rounded up to whole heads
+DEPTH = 9  # blocks; with width 640 instead of 8 and 512: val_bpb -0.0043, published like all figures of this kind here
+ASPECT_RATIO = 57  # width per block; the width is DEPTH * ASPECT_RATIO rounded up to whole heads
 HEAD_DIM = 128  # width of an attention head
-WINDOW_PATTERN = "SSSL"  # repeated over the blocks: S sees half of the context, L all of it; the last block is L
-SOFT_CAP = 15.0  # logits are squeezed into ±SOFT_CAP
+WINDOW_PATTERN = "SSSSL"  # repeated over the blocks: S sees SHORT_WINDOW, L all of the context; the last block is L
+SHORT_WINDOW = 1 / 8  # of the context, instead of a half of it in SSSL: -0.0012
+ROTARY_BASE = 200_000  # instead of 10,000: -0.0012
+SHIFT = (0.25, 0.0)  # of attention's and the MLP's channels, from the position before; -0.0070 in 100 s of an H200
+SOFT_CAP = 15.0  # logits are squeezed into ±SOFT_CAP; 0: they are not
+CONTEXTS = ()  # numbers of tokens: what follows so many last ones in a text that is only counted; unmeasured on a GPU
+GUESSES = 6  # of the next token for each of CONTEXTS: those that followed it most often
+COUNTED = 0.5  # part of each shard that is counted, not trained on: there the guesses would be too good
+COUNTED_TOKENS = (2**22, 2**25)  # of fewer no counts are made; more are not counted
+COUNT_ROWS = 2**23  # contexts in a table of guesses, of those with the same row the one seen most often
 
 # batch
-TOTAL_BATCH_SIZE = 2**19  # tokens a step
+TOTAL_BATCH_SIZE = 2**18  # tokens a step; instead of 2**19: -0.0119
 DEVICE_BATCH_SIZE = 128  # rows a micro-batch; halved by itself if it does not fit memory
 HEAD_CHUNK = 2**15  # tokens whose logits are in memory at a time
 
 # optimizer: AdamW for embeddings, head and scalars, Muon for the matrices of the blocks
-EMBEDDING_LR = 0.6  # at width 768; scaled by (width / 768)^-½
-HEAD_LR = 0.004  # likewise
+TRUST_LR = 0.00035  # of what the guesses add to the logits; at width 768, like the next two
+EMBEDDING_LR, EMBEDDING_DECAY = 0.9, 0.001  # scaled by (width / 768)^-½. Not 0.6 and 0: -0.0038
+VALUE_DECAY = 0.003  # of the value embeddings: -0.0016
+HEAD_LR, HEAD_DECAY = 0.005, 0.01  # likewise scaled. Not 0.004 and 0: -0.0011
 SCALAR_LR = 0.5  # of the first embedding's scalars; the residual ones get a hundredth
-ADAM_BETAS = (0.8, 0.95)
-ADAM_EPS = 1e-10
+ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10  # short memories, for a run of few steps; eps only keeps from 0/0
 MATRIX_LR = 0.04  # times √(rows/cols) for a tall matrix
-MUON_MOMENTUM = (0.85, 0.95, 300)  # from, to, over so many steps
+MUON_MOMENTUM = (0.85, 0.95, 200)  # from, to, over so many steps; instead of 300, with the two below: -0.0017
+FIRST_SCALE = 0.05  # of the input of the first block, added before each, at the start; instead of 0.1
+MATRIX_INIT = 0.68  # of ±√3/√width, the bounds of a block's matrices at the start
 MUON_BETA2 = 0.95  # of the variance that NorMuon evens out
 WEIGHT_DECAY = 0.2  # of the matrices, falls linearly to 0
-
-# schedule, as parts of the budget
-WARMUP = 0.0
-WARMDOWN = 0.5
-FINAL_LR = 0.0  # at the end, as a part of the full rate
+WARMDOWN, FINAL_LR = 0.75, 0.05  # part of the budget in which all rates fall, to what part; not 0.5 and 0: -0.0015
 
 # A CPU gets through less than a hundredth of the tokens, so it gets a smaller model and batch.
 if get_device().type == "cpu":
-    DEPTH = 4
-    TOTAL_BATCH_SIZE = 2**14
-    DEVICE_BATCH_SIZE = 16
-    HEAD_CHUNK = 2**10
+    DEPTH, ASPECT_RATIO, HEAD_DIM = 4, 48, 64
+    WINDOW_PATTERN, SHORT_WINDOW, WARMDOWN, FINAL_LR = "SSSL", 1 / 2, 0.5, 0.0  # WARMDOWN 0.75: +0.011 in 190 steps
+    SHIFT, SOFT_CAP, CONTEXTS = (0.5, 0.5), 0.0, (2, 3, 4)  # without the cap a micro-batch takes 0.93 of the time
+    TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE, HEAD_CHUNK = 2**12, 16, 2**10
+    EMBEDDING_LR, HEAD_LR, MATRIX_LR = 0.63, 0.0035, 0.028  # √½ of a GPU's
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Attention: softmax(q·k / √d) v over each position and the `window` positions before it, by the fastest way there is
+# Attention ------------------------------------------------------------------------------------------------------------
 
 FLASH_KERNEL = {"repo_id": "kernels-community/flash-attn3", "revision": "v1"}  # on the kernel hub
 BACKENDS = ("flash3", "flex", "sdpa", "matmul")
@@ -95,29 +99,6 @@ def choose_attention(device: torch.device, compiled: bool) -> tuple[str, str]:
     return "flash3", "its kernel loaded and computes what it should"
 
 
-@cache
-def flash_attention() -> Callable:
-    """Load flash-attention 3, without asking the hub where it was downloaded before. Raises whatever is in the way."""
-    import requests
-    from huggingface_hub import constants, utils
-    from kernels import get_kernel, get_local_kernel, install_kernel
-
-    logging.getLogger("kernels").setLevel(logging.ERROR)
-    if FLASH_KERNEL["repo_id"] in os.environ.get("LOCAL_KERNELS", ""):  # repository=folder, a build of your own
-        return get_kernel(**FLASH_KERNEL).flash_attn_func
-    try:
-        path = install_kernel(**FLASH_KERNEL, local_files_only=True)
-    except Exception:
-        if constants.HF_HUB_OFFLINE:
-            raise
-        pool, url = ThreadPool(2), f"{constants.ENDPOINT}/api/organizations/kernels-community/overview"
-        pool.apply_async(requests.get, [url], {"timeout": 2}).get(3).raise_for_status()  # looking up a name may hang
-        print(f"downloading {FLASH_KERNEL['repo_id']}, once", flush=True)
-        utils.disable_progress_bars()
-        path = pool.apply_async(install_kernel, kwds=FLASH_KERNEL).get(60)
-    return get_local_kernel(path).flash_attn_func
-
-
 def in_a_line(error: BaseException) -> str:
     """The first line of an error, or of its cause: those of the compiler say more in it."""
     error = error.__cause__ or error
@@ -143,13 +124,13 @@ def visible(window: int) -> Callable:
 
 
 class Attention:
-    """The chosen backend, with what it needs for rows of `length` tokens. q, k, v and the result: (B, T, H, D)."""
+    """softmax(q·k / √d) v over each position and the `window` before it. q, k, v and the result: (B, T, H, D)."""
 
     def __init__(self, backend: str, length: int, windows: set[int], device: torch.device):
         self.backend = backend
         positions = torch.arange(length, device=device)
         if backend == "flash3":
-            self.flash = flash_attention()
+            self.flash = load_kernel(**FLASH_KERNEL).flash_attn_func
         elif backend == "flex":
             block_mask = partial(create_block_mask, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device)
             self.masks = {w: block_mask(visible(w)) for w in windows}
@@ -173,8 +154,7 @@ class Attention:
         return y.transpose(1, 2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model
+# Model ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -195,7 +175,7 @@ class Config:
     @property
     def windows(self) -> list[int]:
         """How many positions before its own each block sees."""
-        sizes = {"S": self.seq_len // 2, "L": self.seq_len}
+        sizes = {"S": int(self.seq_len * SHORT_WINDOW), "L": self.seq_len}
         pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth - 1)]
         return [sizes[letter] for letter in [*pattern, "L"]]
 
@@ -210,10 +190,24 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+def shifted(x: Tensor, part: float) -> Tensor:
+    """x (B, T, width) with the first part of its channels from the position before."""
+    size = int(part * x.size(-1))
+    return torch.cat([F.pad(x[:, :-1, :size], (0, 0, 1, 0)), x[..., size:]], dim=-1) if size else x
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x (B, T, H, D); cos and sin: (T, 1, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+def hash_contexts(ids: Tensor, context: int) -> Tensor:
+    """A number of 38 bits for the last `context` tokens at each position of ids (B, T), int64 like them."""
+    mixed = ids
+    for back in range(1, context):
+        mixed = (mixed * 26544357 + F.pad(ids, (back, 0))[:, : ids.size(1)]) & (2**38 - 1)
+    return mixed
 
 
 class Block(nn.Module):
@@ -230,47 +224,52 @@ class Block(nn.Module):
             self.gate = nn.Linear(32, width // self.head_dim, bias=False)
 
     def forward(self, x: Tensor, values: Tensor | None, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        y = norm(x)
+        y = shifted(norm(x), SHIFT[0])
         q, k, v = F.linear(y, self.qkv.flatten(0, 1)).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
         if values is not None:
             gate = 2 * torch.sigmoid(self.gate(y[..., :32]))
             v = v + gate.unsqueeze(-1) * values.unflatten(-1, (-1, self.head_dim))
         q, k = norm(rotate(q, *rotary)), norm(rotate(k, *rotary))
         x = x + self.attention_out(attention(q, k, v, self.window).flatten(-2))
-        return x + self.mlp_out(F.relu(self.mlp_in(norm(x))).square())
+        return x + self.mlp_out(F.relu(self.mlp_in(shifted(norm(x), SHIFT[1]))).square())
 
 
-def soft_cap(logits: Tensor) -> Tensor:
-    """SOFT_CAP · tanh(logits / SOFT_CAP) in float32, by exp: on a CPU tanh takes three times as long."""
-    return SOFT_CAP - 2 * SOFT_CAP / (1 + torch.exp(logits.float() * (2 / SOFT_CAP)))
+def soft_cap(logits: Tensor, *extra: Tensor) -> Tensor:
+    """SOFT_CAP · tanh(logits / SOFT_CAP) in float32. extra: guesses (..., G) and the bonus that is added to theirs."""
+    logits = logits.float().scatter_add(-1, *extra) if extra else logits.float()
+    if not SOFT_CAP:
+        return logits.clamp(-70, 70)  # sums of e^70 fit float32
+    return SOFT_CAP - 2 * SOFT_CAP / (1 + torch.exp(logits * (2 / SOFT_CAP)))  # tanh takes three times as long on a CPU
 
 
 class CappedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of the soft-capped logits x @ weight.T, HEAD_CHUNK tokens at a time.
 
-    The gradients come with the loss, so no logits are kept for a backward pass. x (N, width), weight (vocab, width),
-    targets (N,). Capped logits need no maximum taken off before exp.
+    The gradients come with the loss: no logits are kept. x (N, width), weight (vocab, width), targets (N,); extra as
+    for soft_cap.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        total, x_grads, weight_grad = 0.0, [], 0.0
-        for part, target in zip(x.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
-            logits, target = soft_cap(part @ weight.T), target[:, None]
-            exp = logits.exp()
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, *extra: Tensor) -> Tensor:
+        total, x_grads, weight_grad, bonus_grads = 0.0, [], 0.0, []
+        inputs = [tensor.split(HEAD_CHUNK) for tensor in (x, targets[:, None], *extra)]
+        for part, target, *more in zip(*inputs, strict=True):
+            logits = soft_cap(part @ weight.T, *more)
+            exp = torch.exp2(logits * (1 / math.log(2)))  # not exp, and int32 below: each 0.95 of the time on a CPU
             exp_sum = exp.sum(-1, keepdim=True)
             total = total + (exp_sum.log() - logits.gather(1, target)).sum()
-            hit = (target == torch.arange(logits.size(1), device=logits.device)).float()
-            grad = ((exp / exp_sum - hit) * (1 - (logits / SOFT_CAP).square()) / len(x)).to(x.dtype)
+            hit = (target.int() == torch.arange(logits.size(1), device=x.device, dtype=torch.int32)).float()
+            grad = ((exp / exp_sum - hit) * (1 - (logits / SOFT_CAP).square() if SOFT_CAP else 1) / len(x)).to(x.dtype)
             x_grads.append(grad @ weight)
+            bonus_grads += [grad.gather(1, guesses).float() for guesses in more[:1]]
             weight_grad = weight_grad + (grad.T @ part).float()
-        ctx.save_for_backward(torch.cat(x_grads), weight_grad)
+        ctx.save_for_backward(torch.cat(x_grads), weight_grad, *([torch.cat(bonus_grads)] if extra else []))
         return total / len(x)
 
     @staticmethod
-    def backward(ctx, factor: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * factor, weight_grad * factor, None
+    def backward(ctx, factor: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *bonus = (grad * factor for grad in ctx.saved_tensors)
+        return x, weight, None, *(grad for bonus_grad in bonus for grad in (None, bonus_grad))
 
 
 class GPT(nn.Module):
@@ -279,15 +278,20 @@ class GPT(nn.Module):
     def __init__(self, config: Config, attention: Attention, dtype: torch.dtype):
         super().__init__()
         self.config, self.attention, self.dtype = config, attention, dtype
-        width, depth = config.width, config.depth
-        self.embedding = nn.Embedding(config.vocab_size, width)
-        tables = {str(i): nn.Embedding(config.vocab_size, width) for i in config.value_blocks}
-        self.value_embeddings = nn.ModuleDict(tables)
+        vocab, width, depth = config.vocab_size, config.width, config.depth
+        self.embedding = nn.Embedding(vocab, width)
+        self.value_embeddings = nn.ModuleDict({str(i): nn.Embedding(vocab, width) for i in config.value_blocks})
         self.blocks = nn.ModuleList(Block(config, i) for i in range(depth))
-        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self.head = nn.Linear(width, vocab, bias=False)
+        if CONTEXTS:
+            self.trust = nn.Parameter(torch.zeros(len(CONTEXTS) * GUESSES, width))
+            codes = torch.randn(vocab, -(-width // len(CONTEXTS)), generator=torch.Generator().manual_seed(0))
+            self.register_buffer("codes", codes.to(dtype), persistent=False)  # those of CONTEXTS: as wide as the model
+            table = torch.zeros(len(CONTEXTS), COUNT_ROWS, 1 + GUESSES, dtype=torch.int32)
+            self.register_buffer("table", table, persistent=False)  # the context's hash, token · 2^16 + weight · 2^16
         self.residual_scales = nn.Parameter(torch.ones(depth))
-        self.first_scales = nn.Parameter(torch.full((depth,), 0.1))
-        frequency = 10_000 ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+        self.first_scales = nn.Parameter(torch.full((depth,), FIRST_SCALE))
+        frequency = ROTARY_BASE ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
         angle = torch.outer(torch.arange(config.seq_len).float(), frequency)[:, None]
         self.register_buffer("cos", angle.cos().to(dtype), persistent=False)
         self.register_buffer("sin", angle.sin().to(dtype), persistent=False)
@@ -301,38 +305,44 @@ class GPT(nn.Module):
         for embedding in self.value_embeddings.values():
             nn.init.uniform_(embedding.weight, -bound, bound)
         for name, weight in self.blocks.named_parameters():
-            if name.split(".")[1] in ("attention_out", "mlp_out", "gate"):
-                nn.init.zeros_(weight)
-            else:
-                nn.init.uniform_(weight, -bound, bound)
+            size = 0.0 if name.split(".")[1] in ("attention_out", "mlp_out", "gate") else MATRIX_INIT * bound
+            nn.init.uniform_(weight, -size, size)
         for embedding in (self.embedding, *self.value_embeddings.values()):
             embedding.to(self.dtype)
+
+    def look_up(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Guesses of the next token, int64 (B, T, contexts, GUESSES), and their weights, 0 in a context not seen."""
+        mixed = torch.stack([hash_contexts(ids, context) for context in CONTEXTS], -1)
+        rows = self.table[torch.arange(len(CONTEXTS), device=ids.device), mixed % COUNT_ROWS]
+        seen, packed = rows[..., :1] == mixed[..., None] // COUNT_ROWS + 1, rows[..., 1:]
+        return (packed >> 16).long(), (packed & 0xFFFF) * seen / 2**16
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             rotary = self.cos[: ids.size(1)], self.sin[: ids.size(1)]
             x = first = norm(self.embedding(ids))
+            if CONTEXTS:
+                guesses, weights = self.look_up(ids)
+                hints = (weights[..., None] * self.codes[guesses]).sum(-2).flatten(2)
+                x = first = x + hints[..., : x.size(-1)].to(x.dtype)
             for i, block in enumerate(self.blocks):
                 values = self.value_embeddings[str(i)](ids) if i in self.config.value_blocks else None
                 x = self.residual_scales[i] * x + self.first_scales[i] * first
                 x = block(x, values, rotary, self.attention)
             x = norm(x)
+            extra = (guesses.flatten(2), weights.flatten(2) * F.linear(x, self.trust).float()) if CONTEXTS else ()
             if targets is None:
-                return soft_cap(self.head(x))
+                return soft_cap(self.head(x), *extra)
         x, weight = x.flatten(0, 1).to(self.dtype), self.head.weight.to(self.dtype)
-        return CappedCrossEntropy.apply(x, weight, targets.flatten())
+        return CappedCrossEntropy.apply(x, weight, targets.flatten(), *(tensor.flatten(0, 1) for tensor in extra))
 
     def flops_per_token(self) -> int:
-        """Forward and backward: 6 per weight of a matrix, 12 per channel of attention and position of the window.
-
-        What the causal mask saves is not taken off, as in PaLM (https://arxiv.org/abs/2204.02311, appendix B).
-        """
-        matrices = sum(w.numel() for w in self.blocks.parameters()) + self.head.weight.numel()
+        """Forward and backward, as in PaLM (https://arxiv.org/abs/2204.02311, appendix B): all of the window counts."""
+        matrices = sum(p.numel() for name, p in self.named_parameters() if name.startswith(("blocks", "head", "trust")))
         return 6 * matrices + 12 * self.config.width * sum(self.config.windows)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimizer and schedules
+# Optimizer and schedules ----------------------------------------------------------------------------------------------
 
 # Polar Express: the five polynomials of https://arxiv.org/abs/2505.16932 (Amsel et al., 2025) for a 2 % safety margin.
 POLAR_EXPRESS = (
@@ -370,8 +380,7 @@ def muon_update(p: Tensor, g: Tensor, velocity: Tensor, variance: Tensor, settin
     variance.lerp_(step.square().mean(-1 if variance.size(-1) == 1 else -2, keepdim=True), 1 - settings["beta2"])
     step = step * variance.clamp(min=1e-10).rsqrt()
     step = step * (size / step.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
-    agree = (step * p >= 0).to(p.dtype)
-    p.sub_(lr * (step + settings["weight_decay"] * agree * p))
+    p.sub_(lr * (step + settings["weight_decay"] * (step * p >= 0) * p))
 
 
 def adamw_update(p: Tensor, g: Tensor, mean: Tensor, square: Tensor, step: Tensor | int, settings: dict) -> None:
@@ -390,23 +399,19 @@ def stacked(matrices: list[Tensor]) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Groups of kind adamw or muon; a muon group holds matrices of one shape, updated as one stack.
-
-    Rates change at every step: they reach the compiled updates as tensors, so that nothing is compiled again.
-    """
+    """Groups of kind adamw or muon; a muon group holds matrices of one shape, updated as one stack."""
 
     def __init__(self, groups: list[dict], compiled: bool, dtype: torch.dtype):
         super().__init__(groups, {"lr": 0.0})
         wrap = partial(torch.compile, dynamic=False, fullgraph=True) if compiled else (lambda function: function)
         self.adamw, self.muon, self.dtype = wrap(adamw_update), wrap(muon_update), dtype
-        self.scalar = torch.tensor if compiled else float
+        self.scalar = torch.tensor if compiled else float  # as tensors, rates that change compile nothing again
         self.steps = torch.zeros(())
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
             if group["kind"] == "adamw":
                 for p in group["params"]:
-                    self.state[p] = {"mean": torch.zeros_like(p, dtype=torch.float32)}
-                    self.state[p]["square"] = torch.zeros_like(p, dtype=torch.float32)
+                    self.state[p] = {name: torch.zeros_like(p, dtype=torch.float32) for name in ("mean", "square")}
             else:
                 velocity = torch.zeros_like(stacked(group["params"]))
                 n, rows, cols = velocity.shape
@@ -438,10 +443,12 @@ def build_optimizer(model: GPT, compiled: bool) -> MuonAdamW:
     """Sort the parameters into their groups."""
     scale = (model.config.width / 768) ** -0.5
     adam = {"kind": "adamw", "beta1": ADAM_BETAS[0], "beta2": ADAM_BETAS[1], "eps": ADAM_EPS, "weight_decay": 0.0}
-    embeddings = [model.embedding.weight, *(e.weight for e in model.value_embeddings.values())]
+    values, rate = [e.weight for e in model.value_embeddings.values()], EMBEDDING_LR * scale
     groups = [
-        adam | {"params": [model.head.weight], "lr": HEAD_LR * scale},
-        adam | {"params": embeddings, "lr": EMBEDDING_LR * scale},
+        adam | {"params": [model.head.weight], "lr": HEAD_LR * scale, "weight_decay": HEAD_DECAY},
+        *([adam | {"params": [model.trust], "lr": TRUST_LR * scale}] if CONTEXTS else []),
+        adam | {"params": [model.embedding.weight], "lr": rate, "weight_decay": EMBEDDING_DECAY},
+        adam | {"params": values, "lr": rate, "weight_decay": VALUE_DECAY},
         adam | {"params": [model.residual_scales], "lr": SCALAR_LR / 100},
         adam | {"params": [model.first_scales], "lr": SCALAR_LR},
     ]
@@ -453,55 +460,18 @@ def build_optimizer(model: GPT, compiled: bool) -> MuonAdamW:
     return MuonAdamW(groups, compiled, model.dtype)
 
 
-def lr_factor(progress: float) -> float:
-    """Part of the full learning rate, by the part of the budget that is used."""
-    if progress < WARMUP:
-        return progress / WARMUP
-    if progress <= 1 - WARMDOWN:
-        return 1.0
-    return FINAL_LR + (1 - FINAL_LR) * (1 - progress) / WARMDOWN
-
-
 def set_schedule(optimizer: MuonAdamW, progress: float, step: int) -> None:
-    """Set rates, momentum and decay for this step."""
+    """Set rates, momentum and decay for this step, by the part of the budget that is used."""
     begin, end, steps = MUON_MOMENTUM
+    factor = min(1.0, FINAL_LR + (1 - FINAL_LR) * (1 - progress) / WARMDOWN) if WARMDOWN else 1.0
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_factor(progress)
+        group["lr"] = group["initial_lr"] * factor
         if group["kind"] == "muon":
             group["momentum"] = begin + (end - begin) * min(step / steps, 1.0)
             group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training loop
-
-# Dense bf16 TFLOP/s with float32 sums, by a pattern for the device's name: datasheets of NVIDIA and AMD, for RTX cards
-# NVIDIA's whitepapers of the architectures (GA102, Ada, Blackwell).
-PEAK_TFLOPS = {
-    r"A100\b": 312, r"H100 PCIe": 756, r"H[12]00 NVL": 835.5, r"(G?H200|H100)\b": 989.5, r"B200\b": 2250,
-    r"A10$": 125, r"L4$": 121, r"L40S$": 362, r"RTX 3090$": 71, r"RTX 4090$": 165.2, r"RTX 5090$": 209.5,
-    r"RTX 6000 Ada": 364.2, r"RTX PRO 6000 Blackwell Max-Q": 438.9, r"RTX PRO 6000 Blackwell Workstation": 503.8,
-    r"MI250X$": 191.5, r"MI300X": 1307.4,  # an MI250X is two devices
-}  # fmt: skip
-
-
-def peak_flops(device: torch.device) -> float:
-    """The device's dense bf16 peak in FLOP/s, 0 if it is not known: no figure is better than a wrong one."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peaks = (peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}", name))
-    return 0.0 if re.search(r"MIG|-\d+[CQ]$", name) else next(peaks, 0.0)  # MIG and vGPU: a slice of a GPU
-
-
-def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
-    """Return the dtype to compute in, whether to compile, and why."""
-    compiler = any(map(shutil.which, ("gcc", "g++", "clang", "clang++")))
-    if device.type == "cuda":
-        works = compiler and has_triton()
-        return torch.bfloat16, works, "a GPU" if works else "torch.compile needs Triton and a C compiler (gcc)"
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return torch.float32, False, "this CPU has no AVX512-BF16 or AMX"
-    lack = "" if compiler else ", but torch.compile needs a C++ compiler (g++)"
-    return torch.bfloat16, compiler, f"the CPU has bf16 instructions{lack}"
+# Training loop --------------------------------------------------------------------------------------------------------
 
 
 def check_knobs(length: int) -> None:
@@ -509,13 +479,16 @@ def check_knobs(length: int) -> None:
     tokens = DEVICE_BATCH_SIZE * length
     whole = f"a multiple of DEVICE_BATCH_SIZE {DEVICE_BATCH_SIZE} rows × {length} = {tokens} tokens"
     for name, works, must in (
-        ("DEPTH", DEPTH >= 1, "at least 1"),
+        *(
+            (name, globals()[name] >= 1, "at least 1")
+            for name in ("DEPTH", "HEAD_CHUNK", "DEVICE_BATCH_SIZE", "GUESSES")
+        ),
         ("HEAD_DIM", HEAD_DIM >= 32 and HEAD_DIM % 2 == 0, "even, and 32 or more"),
         ("WINDOW_PATTERN", set(WINDOW_PATTERN or "-") <= set("SL"), "of the letters S and L"),
-        ("SOFT_CAP", 0 < SOFT_CAP <= 70, "more than 0 and at most 70, so that sums of e^70 fit float32"),
-        ("HEAD_CHUNK", HEAD_CHUNK >= 1, "at least 1"),
+        ("SOFT_CAP", 0 <= SOFT_CAP <= 70, "0, or more and at most 70, so that sums of e^70 fit float32"),
+        ("CONTEXTS", min(CONTEXTS, default=1) >= 1, "numbers of tokens, each at least 1"),
+        ("COUNTED", 0 < COUNTED < 1, "more than 0 and less than 1"),
         ("FORCED_BACKEND", FORCED_BACKEND in (None, "", *BACKENDS), f"one of {BACKENDS} (AUTORESEARCH_ATTENTION)"),
-        ("DEVICE_BATCH_SIZE", DEVICE_BATCH_SIZE >= 1, "at least 1"),
         ("TOTAL_BATCH_SIZE", 0 < tokens <= TOTAL_BATCH_SIZE and TOTAL_BATCH_SIZE % tokens == 0, whole),
     ):
         if not works:
@@ -535,21 +508,19 @@ def train_step(model: nn.Module, optimizer: MuonAdamW, batches: list) -> Tensor:
 
 
 def warm_up(model: GPT, optimizer: MuonAdamW, step: Callable[[], Tensor]) -> None:
-    """Compile and allocate on throw-away steps; afterwards weights, optimizer and random state are as before."""
+    """Compile and allocate on throw-away steps that leave weights, optimizer and random state as they were."""
     tensors = [*model.parameters(), *model.buffers(), *optimizer.tensors()]
-    before = [tensor.detach().clone() for tensor in tensors]
-    random_states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all()
+    before, states = [tensor.detach().clone() for tensor in tensors], (random.getstate(), np.random.get_state())
     try:
-        for _ in range(2):
-            step()
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            for _ in range(2):
+                step()
     finally:
         optimizer.zero_grad()
+        random.setstate(states[0])
+        np.random.set_state(states[1])
         with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
-        restore = random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all
-        for put_back, state in zip(restore, random_states, strict=True):
-            put_back(state)
+            torch._foreach_copy_(tensors, before)
 
 
 def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int]:
@@ -588,6 +559,37 @@ def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int
         print(change, flush=True)
 
 
+@torch.no_grad()
+def count(run: Run, model: GPT, part: tuple[float, float]) -> int:
+    """Fill the tables of guesses from a part of the text; return how many tokens it had, 0 if they are too few."""
+    run.status, length, vocab = "counting", run.corpus.seq_len, model.config.vocab_size
+    loader = make_dataloader(run.tokenizer, 64, length, "train", run.seed, part)
+    once = takewhile(lambda batch: batch[2] == 1, islice(loader, COUNTED_TOKENS[1] // (64 * length)))
+    batches = [(x.short(), y.short()) for x, y, _ in once]
+    if len(batches) * 64 * length < COUNTED_TOKENS[0]:
+        return 0
+    ids, targets = (torch.cat(tensors).cpu().long() for tensors in zip(*batches, strict=True))
+
+    def table(context: int) -> Tensor:
+        pairs, counts = np.unique((hash_contexts(ids, context) * vocab + targets).numpy(), return_counts=True)
+        mixed, first, size = np.unique(pairs // vocab, return_index=True, return_counts=True)
+        total, scores = np.add.reduceat(counts, first), counts * vocab + pairs % vocab
+        order, winner = np.minimum(total, 65535).astype(np.uint16).argsort(kind="stable"), np.full(COUNT_ROWS, -1)
+        winner[mixed[order] % COUNT_ROWS] = order  # of contexts with one row the last stays
+        rows = np.zeros((COUNT_ROWS, 1 + GUESSES), dtype=np.int32)
+        rows[:, 0] = np.append(mixed // COUNT_ROWS + 1, 0)[winner]  # 0: none
+        for k in range(GUESSES):
+            best = np.maximum.reduceat(scores, first)
+            scores[scores == np.repeat(best, size)] = 0
+            weight = np.sqrt(best // vocab / (total + 1))  # a bit less if it was seen seldom
+            rows[:, 1 + k] = (best % vocab * 2**16 + (weight * 2**16).astype(int))[winner]
+        return torch.from_numpy(rows)
+
+    with ThreadPool(2) as pool:
+        model.table.copy_(torch.stack(pool.map(table, CONTEXTS)))
+    return ids.numel()
+
+
 def main() -> None:
     """Run the command line."""
     with training_run(__doc__) as run:
@@ -600,8 +602,7 @@ def train(run: Run) -> None:
     check_knobs(length)
     torch.set_float32_matmul_precision("high")
     warnings.filterwarnings("ignore", "flex_attention called without")  # start() looks at a few rows uncompiled
-    if device.type == "cpu":
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on a CPU it misses CUDA
     dtype, compiled, why = choose_precision(device)
     backend, attention_why = choose_attention(device, compiled)
     config = Config(run.tokenizer.get_vocab_size(), length, DEPTH, HEAD_DIM, ASPECT_RATIO, WINDOW_PATTERN)
@@ -616,13 +617,14 @@ def train(run: Run) -> None:
     micro_batches = TOTAL_BATCH_SIZE // (rows * length)
     print(f"step: {TOTAL_BATCH_SIZE} tokens in {micro_batches} micro-batches of {rows} rows of {length}", flush=True)
 
-    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed)
     gc.collect()
-    gc.freeze()
     gc.disable()  # a collection in the middle of a step costs more than the garbage of five minutes
-    step, mean, previous, run.status = 0, 0.0, None, "training"
     run.start(model)
-    while (progress := run.progress()) < 1:
+    counted = count(run, model, (0, COUNTED)) if CONTEXTS else 0
+    reserve = run.progress() * min(1 / COUNTED, COUNTED_TOKENS[1] / counted) if counted else 0.0  # to count again
+    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed, (COUNTED if counted else 0, 1))
+    step, mean, previous, run.status = 0, 0.0, None, "training"
+    while (progress := run.progress() + reserve) < 1:
         set_schedule(optimizer, progress, step)
         batches = [next(loader) for _ in range(micro_batches)]
         loss = train_step(forward, optimizer, [(x, y) for x, y, _ in batches])
@@ -633,11 +635,12 @@ def train(run: Run) -> None:
             mean += (value - mean) / min(step, 10)
             run.status = f"step {step}, {progress:.0%} of the time, loss {mean:.4f}, epoch {batches[-1][2]}"
         step, previous = step + 1, loss
+    if counted:  # from all of the text, no step will be misled any more
+        count(run, model, (0, 1))
     run.stop(forward)
     loader.close()
 
-    run.status = f"evaluating after {step} steps"
-    tokens = step * TOTAL_BATCH_SIZE
+    run.status, tokens = f"evaluating after {step} steps", step * TOTAL_BATCH_SIZE
     mfu = 100 * model.flops_per_token() * tokens / run.seconds / peak if peak else 0.0
     run.finish(forward, rows, step, tokens, config.depth, mfu)
 
