@@ -165,6 +165,11 @@ def test_what_are_no_logits_is_refused(short, tokenizer, name, message):
 # the model of train.py, its weights drawn so that every part of it counts, honest and not
 
 
+@pytest.fixture(autouse=True)
+def small_tables(monkeypatch):
+    monkeypatch.setattr(train, "COUNT_ROWS", 10_007)
+
+
 def gpt(tokenizer, dtype=torch.float32, depth=4):
     torch.manual_seed(0)
     config = train.Config(tokenizer.get_vocab_size(), 64, depth, head_dim=32, aspect_ratio=16, window_pattern="SSSL")

@@ -20,7 +20,7 @@ import train
 SHORT = "import os, prepare; prepare.DEVICE_LOCK = os.environ['LOCKS'] + '/%s.lock'; "
 SHORT += "prepare.TIME_BUDGET = 4; import train; {change}; train.main()"
 UNCOMPILED = "train.choose_precision = lambda device: (train.torch.float32, False, 'for this test')"
-SMALLER = "train.TOTAL_BATCH_SIZE = train.DEVICE_BATCH_SIZE * 256; train.DEPTH = 1"
+SMALLER = "train.TOTAL_BATCH_SIZE = train.DEVICE_BATCH_SIZE * 256; train.DEPTH = 1; train.COUNT_ROWS = 2**10"
 
 SUMMARY = r"""---
 val_bpb:          (?P<val_bpb>\d+\.\d{6})
