@@ -1032,6 +1032,60 @@ def digest_tensors(tensors: Iterable[torch.Tensor]) -> str:
     return digest([hashlib.sha256(bits).hexdigest() for bits in data])
 
 
+# Device ---------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def load_kernel(repo_id: str, revision: str) -> types.ModuleType:
+    """Load an organization's kernel, without asking the hub if it was downloaded. Raises whatever is in the way."""
+    from huggingface_hub import constants, utils
+    from kernels import get_kernel, get_local_kernel, install_kernel
+
+    logging.getLogger("kernels").setLevel(logging.ERROR)
+    if repo_id in os.environ.get("LOCAL_KERNELS", ""):  # repository=folder, a build of your own
+        return get_kernel(repo_id, revision=revision)
+    try:
+        path = install_kernel(repo_id, revision=revision, local_files_only=True)
+    except Exception:
+        if constants.HF_HUB_OFFLINE:
+            raise
+        pool, url = ThreadPool(2), f"{constants.ENDPOINT}/api/organizations/{repo_id.split('/')[0]}/overview"
+        pool.apply_async(requests.get, [url], {"timeout": 2}).get(3).raise_for_status()  # looking up a name may hang
+        print(f"downloading {repo_id}, once", flush=True)
+        utils.disable_progress_bars()
+        path = pool.apply_async(install_kernel, [repo_id], {"revision": revision}).get(60)
+    return get_local_kernel(path)
+
+
+def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
+    """Return the dtype to compute in, whether to compile, and why."""
+    compiler = any(map(shutil.which, ("gcc", "g++", "clang", "clang++")))
+    if device.type == "cuda":
+        works = compiler and has_triton()
+        return torch.bfloat16, works, "a GPU" if works else "torch.compile needs Triton and a C compiler (gcc)"
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.float32, False, "this CPU has no AVX512-BF16 or AMX"
+    lack = "" if compiler else ", but torch.compile needs a C++ compiler (g++)"
+    return torch.bfloat16, compiler, f"the CPU has bf16 instructions{lack}"
+
+
+# Dense bf16 TFLOP/s with float32 sums, by a pattern for the device's name: datasheets of NVIDIA and AMD, for RTX cards
+# NVIDIA's whitepapers of the architectures (GA102, Ada, Blackwell).
+PEAK_TFLOPS = {
+    r"A100\b": 312, r"H100 PCIe": 756, r"H[12]00 NVL": 835.5, r"(G?H200|H100)\b": 989.5, r"B200\b": 2250,
+    r"A10$": 125, r"L4$": 121, r"L40S$": 362, r"RTX 3090$": 71, r"RTX 4090$": 165.2, r"RTX 5090$": 209.5,
+    r"RTX 6000 Ada": 364.2, r"RTX PRO 6000 Blackwell Max-Q": 438.9, r"RTX PRO 6000 Blackwell Workstation": 503.8,
+    r"MI250X$": 191.5, r"MI300X": 1307.4,  # an MI250X is two devices
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float:
+    """The device's dense bf16 peak in FLOP/s, 0 if it is not known: no figure is better than a wrong one."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    peaks = (peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}", name))
+    return 0.0 if re.search(r"MIG|-\d+[CQ]$", name) else next(peaks, 0.0)  # MIG and vGPU: a slice of a GPU
+
+
 # Clock and run --------------------------------------------------------------------------------------------------------
 
 
@@ -1105,57 +1159,6 @@ class Run:
         total, params = time.perf_counter() - self.started, sum(p.numel() for p in model.parameters())
         figures = val_bpb, self.seconds, total, peak, mfu, tokens / 1e6, steps, params / 1e6, depth
         self.summary = {name: format(figures[i], spec) for i, (name, spec) in enumerate(SUMMARY.items())}
-
-
-@functools.cache
-def load_kernel(repo_id: str, revision: str) -> types.ModuleType:
-    """Load a kernel, without asking the hub where it was downloaded before. Raises whatever is in the way."""
-    from huggingface_hub import constants, utils
-    from kernels import get_kernel, get_local_kernel, install_kernel
-
-    logging.getLogger("kernels").setLevel(logging.ERROR)
-    if repo_id in os.environ.get("LOCAL_KERNELS", ""):  # repository=folder, a build of your own
-        return get_kernel(repo_id, revision)
-    try:
-        path = install_kernel(repo_id, revision, local_files_only=True)
-    except Exception:
-        if constants.HF_HUB_OFFLINE:
-            raise
-        pool, url = ThreadPool(2), f"{constants.ENDPOINT}/api/organizations/{repo_id.split('/')[0]}/overview"
-        pool.apply_async(requests.get, [url], {"timeout": 2}).get(3).raise_for_status()  # looking up a name may hang
-        print(f"downloading {repo_id}, once", flush=True)
-        utils.disable_progress_bars()
-        path = pool.apply_async(install_kernel, args=[repo_id, revision]).get(60)
-    return get_local_kernel(path)
-
-
-def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
-    """Return the dtype to compute in, whether to compile, and why."""
-    compiler = any(map(shutil.which, ("gcc", "g++", "clang", "clang++")))
-    if device.type == "cuda":
-        works = compiler and has_triton()
-        return torch.bfloat16, works, "a GPU" if works else "torch.compile needs Triton and a C compiler (gcc)"
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return torch.float32, False, "this CPU has no AVX512-BF16 or AMX"
-    lack = "" if compiler else ", but torch.compile needs a C++ compiler (g++)"
-    return torch.bfloat16, compiler, f"the CPU has bf16 instructions{lack}"
-
-
-# Dense bf16 TFLOP/s with float32 sums, by a pattern for the device's name: datasheets of NVIDIA and AMD, for RTX cards
-# NVIDIA's whitepapers of the architectures (GA102, Ada, Blackwell).
-PEAK_TFLOPS = {
-    r"A100\b": 312, r"H100 PCIe": 756, r"H[12]00 NVL": 835.5, r"(G?H200|H100)\b": 989.5, r"B200\b": 2250,
-    r"A10$": 125, r"L4$": 121, r"L40S$": 362, r"RTX 3090$": 71, r"RTX 4090$": 165.2, r"RTX 5090$": 209.5,
-    r"RTX 6000 Ada": 364.2, r"RTX PRO 6000 Blackwell Max-Q": 438.9, r"RTX PRO 6000 Blackwell Workstation": 503.8,
-    r"MI250X$": 191.5, r"MI300X": 1307.4,  # an MI250X is two devices
-}  # fmt: skip
-
-
-def peak_flops(device: torch.device) -> float:
-    """The device's dense bf16 peak in FLOP/s, 0 if it is not known: no figure is better than a wrong one."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peaks = (peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}", name))
-    return 0.0 if re.search(r"MIG|-\d+[CQ]$", name) else next(peaks, 0.0)  # MIG and vGPU: a slice of a GPU
 
 
 def cpu_load() -> float:

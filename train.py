@@ -203,10 +203,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def hash_contexts(ids: Tensor, context: int) -> Tensor:
-    """A number of 38 bits for the last `context` tokens at each position of ids (B, T), int64 like them."""
+    """Hash the last `context` tokens at each position of ids (B, T), 0 before the first: int64, below 2^38."""
     mixed = ids
     for back in range(1, context):
-        mixed = (mixed * 26544357 + F.pad(ids, (back, 0))[:, : ids.size(1)]) & (2**38 - 1)
+        mixed = (mixed * 26544357 + F.pad(ids, (back, 0))[:, : ids.size(1)]) & (2**38 - 1)  # odd, and below 2^25
     return mixed
 
 
@@ -235,7 +235,7 @@ class Block(nn.Module):
 
 
 def soft_cap(logits: Tensor, *extra: Tensor) -> Tensor:
-    """SOFT_CAP · tanh(logits / SOFT_CAP) in float32. extra: guesses (..., G) and the bonus that is added to theirs."""
+    """SOFT_CAP · tanh(logits / SOFT_CAP), float32. extra: guesses, int64, and the bonus of each, float32, (..., G)."""
     logits = logits.float().scatter_add(-1, *extra) if extra else logits.float()
     if not SOFT_CAP:
         return logits.clamp(-70, 70)  # sums of e^70 fit float32
@@ -246,7 +246,7 @@ class CappedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of the soft-capped logits x @ weight.T, HEAD_CHUNK tokens at a time.
 
     The gradients come with the loss: no logits are kept. x (N, width), weight (vocab, width), targets (N,); extra as
-    for soft_cap.
+    for soft_cap, or none: guesses and bonus (N, G). A token that is guessed twice gets both.
     """
 
     @staticmethod
@@ -269,7 +269,7 @@ class CappedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, factor: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *bonus = (grad * factor for grad in ctx.saved_tensors)
-        return x, weight, None, *(grad for bonus_grad in bonus for grad in (None, bonus_grad))
+        return (x, weight, None, None, *bonus) if bonus else (x, weight, None)
 
 
 class GPT(nn.Module):
@@ -288,7 +288,8 @@ class GPT(nn.Module):
             codes = torch.randn(vocab, -(-width // len(CONTEXTS)), generator=torch.Generator().manual_seed(0))
             self.register_buffer("codes", codes.to(dtype), persistent=False)  # those of CONTEXTS: as wide as the model
             table = torch.zeros(len(CONTEXTS), COUNT_ROWS, 1 + GUESSES, dtype=torch.int32)
-            self.register_buffer("table", table, persistent=False)  # the context's hash, token · 2^16 + weight · 2^16
+            # a row: its context's hash // COUNT_ROWS + 1, 0 for none; then GUESSES times token · 2^16 + weight · 2^16
+            self.register_buffer("table", table, persistent=False)
         self.residual_scales = nn.Parameter(torch.ones(depth))
         self.first_scales = nn.Parameter(torch.full((depth,), FIRST_SCALE))
         frequency = ROTARY_BASE ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
@@ -311,7 +312,7 @@ class GPT(nn.Module):
             embedding.to(self.dtype)
 
     def look_up(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Guesses of the next token, int64 (B, T, contexts, GUESSES), and their weights, 0 in a context not seen."""
+        """Guesses for ids (B, T), int64, and their weights, float32, 0 if unseen: both (B, T, contexts, GUESSES)."""
         mixed = torch.stack([hash_contexts(ids, context) for context in CONTEXTS], -1)
         rows = self.table[torch.arange(len(CONTEXTS), device=ids.device), mixed % COUNT_ROWS]
         seen, packed = rows[..., :1] == mixed[..., None] // COUNT_ROWS + 1, rows[..., 1:]
@@ -479,15 +480,13 @@ def check_knobs(length: int) -> None:
     tokens = DEVICE_BATCH_SIZE * length
     whole = f"a multiple of DEVICE_BATCH_SIZE {DEVICE_BATCH_SIZE} rows × {length} = {tokens} tokens"
     for name, works, must in (
-        *(
-            (name, globals()[name] >= 1, "at least 1")
-            for name in ("DEPTH", "HEAD_CHUNK", "DEVICE_BATCH_SIZE", "GUESSES")
-        ),
+        *((key, globals()[key] >= 1, "at least 1") for key in ("DEPTH", "HEAD_CHUNK", "DEVICE_BATCH_SIZE", "GUESSES")),
         ("HEAD_DIM", HEAD_DIM >= 32 and HEAD_DIM % 2 == 0, "even, and 32 or more"),
         ("WINDOW_PATTERN", set(WINDOW_PATTERN or "-") <= set("SL"), "of the letters S and L"),
         ("SOFT_CAP", 0 <= SOFT_CAP <= 70, "0, or more and at most 70, so that sums of e^70 fit float32"),
         ("CONTEXTS", min(CONTEXTS, default=1) >= 1, "numbers of tokens, each at least 1"),
         ("COUNTED", 0 < COUNTED < 1, "more than 0 and less than 1"),
+        ("COUNT_ROWS", COUNT_ROWS >= 2**8, "at least 256: the rest of a hash of 38 bits has to fit int32"),
         ("FORCED_BACKEND", FORCED_BACKEND in (None, "", *BACKENDS), f"one of {BACKENDS} (AUTORESEARCH_ATTENTION)"),
         ("TOTAL_BATCH_SIZE", 0 < tokens <= TOTAL_BATCH_SIZE and TOTAL_BATCH_SIZE % tokens == 0, whole),
     ):
@@ -560,33 +559,33 @@ def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int
 
 
 @torch.no_grad()
-def count(run: Run, model: GPT, part: tuple[float, float]) -> int:
-    """Fill the tables of guesses from a part of the text; return how many tokens it had, 0 if they are too few."""
+def count(run: Run, model: GPT, part: tuple[float, float], most: int) -> int:
+    """Fill the tables of guesses from at most so many tokens of a part of the text; return how many, 0 if too few."""
     run.status, length, vocab = "counting", run.corpus.seq_len, model.config.vocab_size
     loader = make_dataloader(run.tokenizer, 64, length, "train", run.seed, part)
-    once = takewhile(lambda batch: batch[2] == 1, islice(loader, COUNTED_TOKENS[1] // (64 * length)))
+    once = takewhile(lambda batch: batch[2] == 1, islice(loader, most // (64 * length)))
     batches = [(x.short(), y.short()) for x, y, _ in once]
-    if len(batches) * 64 * length < COUNTED_TOKENS[0]:
+    if not batches or len(batches) * 64 * length < COUNTED_TOKENS[0]:
         return 0
     ids, targets = (torch.cat(tensors).cpu().long() for tensors in zip(*batches, strict=True))
 
-    def table(context: int) -> Tensor:
-        pairs, counts = np.unique((hash_contexts(ids, context) * vocab + targets).numpy(), return_counts=True)
-        mixed, first, size = np.unique(pairs // vocab, return_index=True, return_counts=True)
+    def fill_table(i: int) -> None:
+        pairs, counts = np.unique((hash_contexts(ids, CONTEXTS[i]) * vocab + targets).numpy(), return_counts=True)
+        hashes, first, size = np.unique(pairs // vocab, return_index=True, return_counts=True)
         total, scores = np.add.reduceat(counts, first), counts * vocab + pairs % vocab
         order, winner = np.minimum(total, 65535).astype(np.uint16).argsort(kind="stable"), np.full(COUNT_ROWS, -1)
-        winner[mixed[order] % COUNT_ROWS] = order  # of contexts with one row the last stays
+        winner[hashes[order] % COUNT_ROWS] = order  # of contexts with one row the last stays
         rows = np.zeros((COUNT_ROWS, 1 + GUESSES), dtype=np.int32)
-        rows[:, 0] = np.append(mixed // COUNT_ROWS + 1, 0)[winner]  # 0: none
+        rows[:, 0] = np.append(hashes // COUNT_ROWS + 1, 0)[winner]
         for k in range(GUESSES):
             best = np.maximum.reduceat(scores, first)
             scores[scores == np.repeat(best, size)] = 0
-            weight = np.sqrt(best // vocab / (total + 1))  # a bit less if it was seen seldom
+            weight = np.sqrt(best // vocab / (total + 1))  # the root of the share; + 1: less if it was seen seldom
             rows[:, 1 + k] = (best % vocab * 2**16 + (weight * 2**16).astype(int))[winner]
-        return torch.from_numpy(rows)
+        model.table[i] = torch.from_numpy(rows)
 
     with ThreadPool(2) as pool:
-        model.table.copy_(torch.stack(pool.map(table, CONTEXTS)))
+        pool.map(fill_table, range(len(CONTEXTS)))
     return ids.numel()
 
 
@@ -620,8 +619,9 @@ def train(run: Run) -> None:
     gc.collect()
     gc.disable()  # a collection in the middle of a step costs more than the garbage of five minutes
     run.start(model)
-    counted = count(run, model, (0, COUNTED)) if CONTEXTS else 0
-    reserve = run.progress() * min(1 / COUNTED, COUNTED_TOKENS[1] / counted) if counted else 0.0  # to count again
+    counted = count(run, model, (0, COUNTED), COUNTED_TOKENS[1]) if CONTEXTS else 0
+    most = min(COUNTED_TOKENS[1], int(counted / COUNTED))  # to count again, in the time that is kept for it
+    reserve = 1.2 * run.progress() * most / counted if counted else 0.0  # more tokens take more than their part
     loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed, (COUNTED if counted else 0, 1))
     step, mean, previous, run.status = 0, 0.0, None, "training"
     while (progress := run.progress() + reserve) < 1:
@@ -636,7 +636,7 @@ def train(run: Run) -> None:
             run.status = f"step {step}, {progress:.0%} of the time, loss {mean:.4f}, epoch {batches[-1][2]}"
         step, previous = step + 1, loss
     if counted:  # from all of the text, no step will be misled any more
-        count(run, model, (0, 1))
+        count(run, model, (0, 1), most)
     run.stop(forward)
     loader.close()
 

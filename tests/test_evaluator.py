@@ -168,6 +168,7 @@ def test_what_are_no_logits_is_refused(short, tokenizer, name, message):
 @pytest.fixture(autouse=True)
 def small_tables(monkeypatch):
     monkeypatch.setattr(train, "COUNT_ROWS", 10_007)
+    monkeypatch.setattr(train, "CONTEXTS", (2, 3, 4))  # on a GPU too
 
 
 def gpt(tokenizer, dtype=torch.float32, depth=4):
@@ -177,6 +178,13 @@ def gpt(tokenizer, dtype=torch.float32, depth=4):
     with torch.no_grad():
         for weight in (*model.blocks.parameters(), model.head.weight):
             weight.normal_(std=weight.shape[-1] ** -0.5)
+        model.trust.normal_(std=0.1)
+        ids = torch.from_numpy(prepare.read_val_rows(tokenizer.corpus)[:, :64].astype(np.int64))
+        for table, context in zip(model.table, train.CONTEXTS, strict=True):  # guesses for many of their contexts
+            mixed = train.hash_contexts(ids, context).flatten()
+            packed = torch.randint(tokenizer.get_vocab_size() * 2**16, (len(mixed), train.GUESSES))
+            rows = torch.cat([mixed[:, None] // train.COUNT_ROWS + 1, packed], 1)
+            table[mixed % train.COUNT_ROWS] = rows.int()
     return model
 
 
