@@ -184,7 +184,7 @@ def gpt(tokenizer, dtype=torch.float32, depth=4):
             mixed = train.hash_contexts(ids, context).flatten()
             packed = torch.randint(tokenizer.get_vocab_size() * 2**16, (len(mixed), train.GUESSES))
             rows = torch.cat([mixed[:, None] // train.COUNT_ROWS + 1, packed], 1)
-            table[mixed % train.COUNT_ROWS] = rows.int()
+            table.numpy()[(mixed % train.COUNT_ROWS).numpy()] = rows.numpy()  # of those with one row the last
     return model
 
 
