@@ -50,6 +50,23 @@ def tokenizer(corpus):
     return prepare.Tokenizer(corpus)
 
 
+@pytest.fixture
+def small_tables(monkeypatch):
+    """Tables of guesses that take no time to make."""
+    monkeypatch.setattr("train.COUNT_ROWS", 10_007)
+
+
+def give_guesses(model, ids):
+    """Fill the rows of all contexts in ids (B, T) with random guesses; of those with one row the last stays."""
+    import train
+
+    for table, context in zip(model.table, train.CONTEXTS, strict=True):
+        mixed = train.hash_contexts(ids, context).flatten()
+        packed = torch.randint(model.config.vocab_size * 2**16, (len(mixed), train.GUESSES))
+        rows = torch.cat([mixed[:, None] // train.COUNT_ROWS + 1, packed], 1)
+        table.numpy()[(mixed % train.COUNT_ROWS).numpy()] = rows.numpy()
+
+
 def environ(**more):
     """Environment of a command: no GPU, and a place for device locks apart from those of real runs."""
     own = {"CUDA_VISIBLE_DEVICES": "", "LOCKS": os.environ["AUTORESEARCH_CACHE"]}

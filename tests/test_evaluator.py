@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn as nn
 from cheats import Answer, Peeking, next_token, noisy
+from conftest import give_guesses
 
 import prepare
 import train
+
+pytestmark = pytest.mark.usefixtures("small_tables")
 
 
 class Causal(nn.Module):
@@ -165,12 +168,6 @@ def test_what_are_no_logits_is_refused(short, tokenizer, name, message):
 # the model of train.py, its weights drawn so that every part of it counts, honest and not
 
 
-@pytest.fixture(autouse=True)
-def small_tables(monkeypatch):
-    monkeypatch.setattr(train, "COUNT_ROWS", 10_007)
-    monkeypatch.setattr(train, "CONTEXTS", (2, 3, 4))  # on a GPU too
-
-
 def gpt(tokenizer, dtype=torch.float32, depth=4):
     torch.manual_seed(0)
     config = train.Config(tokenizer.get_vocab_size(), 64, depth, head_dim=32, aspect_ratio=16, window_pattern="SSSL")
@@ -179,12 +176,7 @@ def gpt(tokenizer, dtype=torch.float32, depth=4):
         for weight in (*model.blocks.parameters(), model.head.weight):
             weight.normal_(std=weight.shape[-1] ** -0.5)
         model.trust.normal_(std=0.1)
-        ids = torch.from_numpy(prepare.read_val_rows(tokenizer.corpus)[:, :64].astype(np.int64))
-        for table, context in zip(model.table, train.CONTEXTS, strict=True):  # guesses for many of their contexts
-            mixed = train.hash_contexts(ids, context).flatten()
-            packed = torch.randint(tokenizer.get_vocab_size() * 2**16, (len(mixed), train.GUESSES))
-            rows = torch.cat([mixed[:, None] // train.COUNT_ROWS + 1, packed], 1)
-            table.numpy()[(mixed % train.COUNT_ROWS).numpy()] = rows.numpy()  # of those with one row the last
+    give_guesses(model, torch.from_numpy(prepare.read_val_rows(tokenizer.corpus)[:, :64].astype(np.int64)))
     return model
 
 

@@ -329,13 +329,7 @@ def test_parameters_that_change_after_the_five_minutes_are_refused(clocked):
 def test_the_first_step_after_the_warm_up_sees_the_first_of_the_data_that_are_not_counted(
     corpus, tokenizer, monkeypatch, counted_tokens, part, counts, steps
 ):
-    small = {
-        "DEPTH": 1,
-        "DEVICE_BATCH_SIZE": 4,
-        "TOTAL_BATCH_SIZE": 4 * 256,
-        "COUNT_ROWS": 10_007,
-        "CONTEXTS": (2, 3, 4),
-    }
+    small = {"DEPTH": 1, "DEVICE_BATCH_SIZE": 4, "TOTAL_BATCH_SIZE": 4 * 256, "COUNT_ROWS": 10_007}
     for name, value in {**small, "COUNTED_TOKENS": counted_tokens}.items():
         monkeypatch.setattr(train, name, value)
     ticks = itertools.count(5)

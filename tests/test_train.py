@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import give_guesses
 
 import prepare
 import train
@@ -17,10 +18,7 @@ import train
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def small_tables(monkeypatch):
-    monkeypatch.setattr(train, "COUNT_ROWS", 10_007)
-    monkeypatch.setattr(train, "CONTEXTS", (2, 3, 4))  # on a GPU too
+pytestmark = pytest.mark.usefixtures("small_tables")
 
 
 def small_model(vocab_size=256, length=64, depth=4, backend="matmul", dtype=torch.float32):
@@ -93,12 +91,8 @@ def shake(model, *ids):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    for i, context in enumerate(train.CONTEXTS):
-        for batch in ids:
-            mixed = train.hash_contexts(batch, context).flatten()
-            packed = torch.randint(model.config.vocab_size * 2**16, (len(mixed), train.GUESSES))
-            rows = torch.cat([mixed[:, None] // train.COUNT_ROWS + 1, packed], 1)
-            model.table[i][mixed % train.COUNT_ROWS] = rows.int()
+    for batch in ids:
+        give_guesses(model, batch)
 
 
 def test_later_tokens_do_not_change_earlier_logits_and_earlier_ones_change_later():
