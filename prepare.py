@@ -1,47 +1,79 @@
 """The judge of autoresearch. Locked: an experiment changes train.py, never this file.
 
-uv run prepare.py                      prepare the default corpus: climbmix with CUDA, python without
+uv run prepare.py                      prepare the default corpus: climbmix with CUDA, else python
 uv run prepare.py --corpus FOLDER      prepare your own text
-uv run prepare.py check                verify everything on disk, print the harness fingerprint
-uv run prepare.py log                  print what was logged on this branch, and whether the last run has a row
-uv run prepare.py log keep "what"      write the last run into results.tsv and commit that file; or discard, crash
+uv run prepare.py check                verify all that is prepared, print the harness digest
+uv run prepare.py log                  show the ledger of this branch and where the night stands
+uv run prepare.py log keep "what"      log the last run in results.tsv; or discard, or crash
+uv run prepare.py runs                 list the runs of this folder (--all: of every folder, --json)
+uv run prepare.py audit                say what does not fit together in the ledger
 """
 
 import argparse
+import json
+import sys
+
+from harness import audit, ledger, record
+
+# Ledger, runs and audit -------------------------------------------------------------------------
+
+
+def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --corpus and --shards."""
+    default = "$AUTORESEARCH_CORPUS, else climbmix with CUDA, python without"
+    corpus_help = f"climbmix, python or a folder of text (default: {default})"
+    parser.add_argument("--corpus", metavar="NAME", help=corpus_help)
+    shards_help = "of climbmix, to train on (default: 10; -1: all)"
+    parser.add_argument("--shards", metavar="N", type=int, help=shards_help)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    raw, commands = argparse.RawDescriptionHelpFormatter, ["check", "log", "runs", "audit"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("command", nargs="?", choices=commands, help="default: prepare a corpus")
+    parser.add_argument("words", nargs="*", help="log: keep|discard|crash WHAT; audit: ledgers")
+    add_corpus_arguments(parser)
+    parser.add_argument("--all", action="store_true", help="of runs: those of every folder")
+    parser.add_argument("--json", action="store_true", help="of runs: whole records, for programs")
+    arguments = parser.parse_args()
+    if arguments.words and arguments.command not in ("log", "audit"):
+        parser.error(f"{arguments.command} takes no {arguments.words[0]!r}")
+    return arguments
+
+
+def keep_books() -> int | None:
+    """Run log, runs or audit, which need no torch; return the exit status."""
+    arguments = parse_arguments()
+    if arguments.command == "audit":
+        return audit.print_audit(arguments.words or ["results.tsv"])
+    if arguments.command == "runs":
+        runs = record.read_runs()
+        runs = runs if arguments.all else record.own_runs(runs)
+        return print(json.dumps(runs)) if arguments.json else record.print_runs(runs)
+    return ledger.log(*arguments.words) if arguments.words else ledger.show()
+
+
+if __name__ == "__main__" and sys.argv[1:2] in (["log"], ["runs"], ["audit"]):
+    sys.exit(keep_books())
+
 import base64
 import contextlib
-import faulthandler
-import fcntl
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import io
 import itertools
-import json
-import logging
 import math
 import os
 import random
 import re
-import resource
 import shlex
-import shutil
-import signal
-import statistics
-import subprocess
-import sys
-import threading
 import time
-import traceback
-import types
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
-from urllib.parse import urljoin, urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -51,46 +83,38 @@ import rustbpe
 import tiktoken
 import torch
 import torch.nn.functional as F
-from torch.utils._triton import has_triton
+from torch import Tensor, nn
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent
-TIME_BUDGET = 300  # seconds of training in every run
-LATE = 15  # seconds that the last step may take beyond them
-RUN_LIMIT = 600  # seconds after which a run ends itself, whatever it is doing
-SEED = 42
-LIVE_END = "\r\033[K" if sys.stdout.isatty() else ""  # wipes out the live line of a terminal
-Result = TypeVar("Result")
-DEVICE_LOCK = "/tmp/autoresearch-%s.lock"  # one for all users and cache folders of this machine
+from harness.record import SEED, cache_root, digest, sha256_file
 
-# Corpora --------------------------------------------------------------------------------------------------------------
+TIME_BUDGET = 300  # seconds of training in every run
+Documents = Iterator[tuple[np.ndarray, int]]  # ids, uint16 (tokens,), and the epoch
+
+# Corpora ----------------------------------------------------------------------------------------
 
 CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"
-CLIMBMIX_REVISION = "main"  # until a commit is known; the manifest pins what came by its sha256
 CLIMBMIX_TRAIN_SHARDS = 6542  # shard_00000 to shard_06541; shard_06542 is the validation shard
 
-# Python source that uv.lock pins; two files differ between the wheels for Linux and macOS, x86-64 and Arm (2026-11-23).
-PYTHON_PACKAGES = """torch sympy pandas numpy matplotlib networkx fonttools huggingface_hub setuptools pyarrow mpmath
-    pillow fsspec jinja2 requests"""
+# Two files differ between the wheels for Linux and macOS, x86-64 and Arm.
+PYTHON_PACKAGES = """torch sympy pandas numpy matplotlib networkx fonttools huggingface_hub
+    setuptools pyarrow mpmath pillow fsspec jinja2 requests"""
 PYTHON_LEFT_OUT = {"torch/version.py", "numpy/__config__.py"}
-TEXT_SUFFIXES = """.txt .md .py .rst .tex .org .html .htm .xml .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .swift .js
-    .ts .jsx .tsx .css .sh .rb .pl .php .lua .r .jl .sql .hs .ml .scala .yaml .yml .toml .ini .cfg"""
-TOO_SMALL = "The corpus is too small: a few hundred KB are the least to train on and be judged by."
+
 LARGE = {"vocab_size": 8192, "seq_len": 2048, "eval_tokens": 40 * 2**19}
-SMALL = {"vocab_size": 4096, "seq_len": 256, "eval_tokens": 2**19}  # chosen by measuring: README, "On a CPU"
+SMALL = {"vocab_size": 4096, "seq_len": 256, "eval_tokens": 2**19}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Corpus:
-    """What is trained on and judged by: climbmix, python, or the user's folder."""
+    """What a model is trained on and judged by: climbmix, python, or the user's folder."""
 
     name: str
-    directory: Path  # its place in the cache
     vocab_size: int
     seq_len: int  # tokens
     eval_tokens: int  # at most
-    num_shards: int | None = None  # climbmix: training shards
-    folder: str | None = None  # folder: where its text is
+    num_shards: int = 0  # climbmix: training shards
+    folder: str = ""  # a user's text
 
     @property
     def command(self) -> str:
@@ -98,825 +122,617 @@ class Corpus:
         shards = f" --shards {self.num_shards}" if self.num_shards else ""
         return f"uv run prepare.py --corpus {shlex.quote(self.folder or self.name)}{shards}"
 
-
-def cache_root() -> Path:
-    """The cache folder: $AUTORESEARCH_CACHE, else $XDG_CACHE_HOME/autoresearch, else ~/.cache/autoresearch."""
-    chosen, home = os.environ.get("AUTORESEARCH_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.realpath(os.path.expanduser(chosen or f"{home}/autoresearch")))
+    @functools.cached_property
+    def directory(self) -> Path:
+        """The folder of its tokens; another for other settings, text, or code that makes them."""
+        stem = re.sub(r"\W", "_", Path(self.folder).name) if self.folder else self.name
+        return cache_root() / "tokens" / f"{stem}-{tokens_key(self)[:12]}"
 
 
 def get_device() -> torch.device:
-    """The device that every run on this machine uses."""
+    """Return the device that every run on this machine uses."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def choose_corpus(choice: str | None = None, num_shards: int | None = None) -> tuple[Corpus, str]:
-    """Return the corpus that `choice` (--corpus), else $AUTORESEARCH_CORPUS, else the device asks for, and why."""
-    why, scale = "as asked for", LARGE if get_device().type == "cuda" else SMALL
-    if not (choice := choice or os.environ.get("AUTORESEARCH_CORPUS")):
-        choice, with_cuda = ("climbmix", "with") if scale is LARGE else ("python", "without")
-        why = f"the default {with_cuda} CUDA; --corpus takes climbmix, python or a folder"
-    num_all = CLIMBMIX_TRAIN_SHARDS
-    if num_shards is not None and not (choice == "climbmix" and (0 < num_shards <= num_all or num_shards == -1)):
-        raise SystemExit(f"--shards {num_shards} with {choice}: only climbmix has shards, 1 to {num_all} (-1: all)")
+def choose_corpus(choice: str | None = None, num_shards: int | None = None) -> Corpus:
+    """Return the corpus of --corpus, else of $AUTORESEARCH_CORPUS, else of the device; print it."""
+    cuda, why = get_device().type == "cuda", ""
+    scale = LARGE if cuda else SMALL
+    choice = choice or os.environ.get("AUTORESEARCH_CORPUS")
+    if not choice:
+        choice = "climbmix" if cuda else "python"
+        why = f" (the default {'with' if cuda else 'without'} CUDA; --corpus chooses another)"
+    shards = CLIMBMIX_TRAIN_SHARDS if num_shards == -1 else num_shards
+    if shards is not None and not (choice == "climbmix" and 0 < shards <= CLIMBMIX_TRAIN_SHARDS):
+        expected = f"only climbmix has shards, 1 to {CLIMBMIX_TRAIN_SHARDS} (-1: all)"
+        raise SystemExit(f"--shards {shards} with {choice}: {expected}")
     if choice == "climbmix":
-        number = num_all if num_shards == -1 else num_shards or 10
-        return Corpus(choice, cache_root() / choice, **LARGE, num_shards=number), why
-    if choice == "python":
-        return Corpus(choice, cache_root() / choice, **SMALL), why
-    folder = Path(os.path.realpath(os.path.expanduser(choice)))
-    if not folder.is_dir():
-        raise SystemExit(f"corpus {choice}: not climbmix, not python, and not a folder: {folder}")
-    name = f"folder-{re.sub(r'[^a-zA-Z0-9_-]', '_', folder.name)}-{digest(str(folder), scale)[:8]}"
-    return Corpus("folder", cache_root() / name, **scale, folder=str(folder)), why  # a CPU can't evaluate 20M tokens
-
-
-def digest(*parts: object) -> str:
-    """sha256, in hex, over the JSON of the parts."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_file(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-SOURCE_SHA256 = sha256_file(Path(__file__))
-SMALL_HERE = os.environ.get("AUTORESEARCH_CORPUS") == "python" or not torch.cuda.is_available()
-MAX_SEQ_LEN = (SMALL if SMALL_HERE else LARGE)["seq_len"]  # tokens; for scripts that import it
-
-# Progress -------------------------------------------------------------------------------------------------------------
+        corpus = Corpus(choice, **LARGE, num_shards=shards or 10)
+    elif choice == "python":
+        corpus = Corpus(choice, **SMALL)
+    else:
+        folder = Path(choice).expanduser().resolve()
+        if not folder.is_dir():
+            raise SystemExit(f"corpus {choice}: not climbmix, not python, and no folder: {folder}")
+        corpus = Corpus("folder", **scale, folder=str(folder))
+    say(f"corpus: {corpus.folder or corpus.name}{why}")
+    return corpus
 
 
 def say(line: str) -> None:
-    """Print a line, in place of a live one; the name of a file may hold what no terminal can show."""
-    print(LIVE_END + line.encode("utf-8", "replace").decode(), flush=True)
+    """Print a line at once, whatever characters the name of a file may hold."""
+    print(line.encode("utf-8", "replace").decode(), flush=True)
 
 
-def make_meter() -> tqdm:
-    """A progress bar in bytes that prints nothing by itself: str() shows it, also where there is no terminal."""
-    bar = "{desc}: {percentage:.0f} % |{bar:20}| {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"
-    return tqdm(disable=False, file=io.StringIO(), total=1, unit="B", unit_scale=True, bar_format=bar)
+SMALL_HERE = os.environ.get("AUTORESEARCH_CORPUS") == "python" or not torch.cuda.is_available()
+MAX_SEQ_LEN = (SMALL if SMALL_HERE else LARGE)["seq_len"]  # tokens, for scripts that import it
 
+# Download ---------------------------------------------------------------------------------------
 
-def begin(meter: tqdm, name: str, total: float = 0, done: float = 0) -> None:
-    """Have a meter turn to the next thing, of which `done` bytes were there before."""
-    meter.reset(total)
-    meter.set_description_str(name, refresh=False)
-    meter.n = meter.initial = done
-
-
-say_once = functools.cache(say)  # for what is read more than once
-
-
-@contextlib.contextmanager
-def status_line(status: Callable[[], str]) -> Iterator[None]:
-    """Show what `status` returns while the block runs: live on a terminal, elsewhere a line every half minute."""
-    done, begin = threading.Event(), time.perf_counter()
-
-    def show() -> None:
-        while not done.wait(0.2 if LIVE_END else 30.0):
-            line = f"{status()} ({time.perf_counter() - begin:.0f} s)"
-            width = shutil.get_terminal_size().columns - 1 if LIVE_END else None
-            print(f"{LIVE_END}{line[:width]}", end="\r" if LIVE_END else "\n", flush=True)
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        print(LIVE_END, end="", flush=True)
-
-
-# Download -------------------------------------------------------------------------------------------------------------
-
-RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # between tries that bring nothing new: a minute without the hub is outlasted
-RETRY_AFTER = 300  # seconds at most that the hub may ask to be left alone
-STALL_SECONDS = 30  # without a byte, then a connection is given up
-OFFLINE_SECONDS = 6  # without any answer, then there is no network
-FAILED = (requests.RequestException, ValueError)  # what a failed request raises: ValueError for what is no URL
-TOKENS_SIZE = 1.25  # of a token file for each byte of its shard, an estimate: 2 bytes for each 4 of text, packed to 0.4
-
-
-class Remote(NamedTuple):
-    """A file as the hub describes it."""
-
-    location: str  # where its bytes are: on another host as a rule, and signed for some minutes only
-    size: int  # bytes
-    sha256: str
-
-
-def shard_names(corpus: Corpus) -> list[str]:
-    """The shards of climbmix that a corpus needs, that for validation first; none of a local corpus."""
-    numbers = (CLIMBMIX_TRAIN_SHARDS, *range(corpus.num_shards)) if corpus.num_shards else ()
-    return [f"shard_{number:05d}.parquet" for number in numbers]
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # between tries that bring nothing: outlasts a minute
+STREAM = {"stream": True, "timeout": 30, "auth": lambda request: request}  # seconds; no .netrc
+FAILED = (requests.RequestException, ValueError)  # ValueError: no URL at all
+BYTES = {"unit": "B", "unit_scale": True, "disable": None}  # no bar but on a terminal
 
 
 def shard_url(name: str) -> str:
-    """Where the hub, or the mirror that $HF_ENDPOINT names, has a shard of climbmix."""
+    """Return where the hub, or the mirror that $HF_ENDPOINT names, has a shard of climbmix."""
     hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    return f"{hub.rstrip('/')}/datasets/{CLIMBMIX_REPO}/resolve/{CLIMBMIX_REVISION}/{name}"
+    return f"{hub.rstrip('/')}/datasets/{CLIMBMIX_REPO}/resolve/main/{name}"
 
 
-def ask(method: str, url: str, **options: object) -> requests.Response:
-    """Send a HTTP request. HF_TOKEN goes along to the hub's own address alone, and no .netrc takes its place."""
-    token, same = os.environ.get("HF_TOKEN", "").strip(), urlsplit(url)[:2] == urlsplit(shard_url(""))[:2]
+def file_size(path: Path) -> int:
+    """Return the bytes of a file, 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def fetch(part: Path, url: str) -> None:
+    """Append what `part` lacks of a shard. Raises one of FAILED unless it then is the hub's."""
+    token, done = os.environ.get("HF_TOKEN", "").strip(), file_size(part)
     if not re.fullmatch("[!-~]*", token):
-        raise SystemExit("HF_TOKEN holds a space or another character that no token has: copy it again, or unset it")
-
-    def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers.update({"Authorization": f"Bearer {token}"} if token and same else {})
-        return request
-
-    return requests.request(method, url, auth=authorize, timeout=STALL_SECONDS, **options)
-
-
-def describe(url: str) -> Remote:
-    """Ask the hub for size and sha256. Raises one of FAILED, and SystemExit where to ask again is no use."""
-    location = url
-    for _ in range(4):
-        answer = ask("HEAD", location, allow_redirects=False)
-        location = urljoin(location, answer.headers.get("Location", ""))
-        if "X-Linked-ETag" in answer.headers or not answer.is_redirect:  # else the repository was renamed
-            break
-    if 400 <= answer.status_code < 500 and answer.status_code not in (408, 429):
-        what = "set HF_TOKEN to a token that may read it" if answer.status_code in (401, 403) else "it has no such file"
-        raise SystemExit(f"{url} answered {answer.status_code}: {what}. Is HF_ENDPOINT right, if set?")
-    answer.raise_for_status()
-    size, sha256 = answer.headers.get("X-Linked-Size", ""), answer.headers.get("X-Linked-ETag", "").strip('"')
-    if not (re.fullmatch(r"[1-9]\d{0,15}", size) and re.fullmatch("[0-9a-f]{64}", sha256)):
-        raise SystemExit(f"no size and sha256 (X-Linked-Size, X-Linked-ETag) came with {url}: no dataset hub")
-    return Remote(location, int(size), sha256)
+        raise SystemExit("HF_TOKEN holds a character that no token has: copy it again, or unset it")
+    headers = {"Range": f"bytes={done}-", "Accept-Encoding": "identity"}
+    headers |= {"Authorization": f"Bearer {token}"} if token else {}  # not sent on to another host
+    with requests.get(url, headers=headers, **STREAM) as answer:
+        linked = [r.headers for r in (*answer.history, answer) if "X-Linked-ETag" in r.headers]
+        if not linked and answer.status_code in (200, 401, 403, 404):
+            seen = f"{url} answered {answer.status_code} without size and sha256 of a shard"
+            raise SystemExit(f"{seen}: is HF_ENDPOINT right, if set, and HF_TOKEN?")
+        if answer.status_code != 416:  # then `part` is complete, or longer than the shard
+            answer.raise_for_status()
+        size, sha256 = int(linked[0]["X-Linked-Size"]), linked[0]["X-Linked-ETag"].strip('"')
+        if answer.status_code != 416:
+            resumed = answer.status_code == 206  # else everything is sent
+            bar = tqdm(desc=part.stem, total=size, initial=done * resumed, **BYTES)
+            with part.open("ab" if resumed else "wb") as file, bar:
+                for block in answer.iter_content(2**16):
+                    bar.update(file.write(block))
+    if file_size(part) < size and answer.status_code != 416:
+        raise requests.RequestException(f"{file_size(part)} of {size} bytes came")
+    if file_size(part) != size or sha256_file(part) != sha256:
+        part.unlink()
+        raise requests.RequestException("it had another sha256 than the hub's and was thrown away")
 
 
-def explain(error: BaseException) -> str:
-    """What is at the bottom of a failed request, without its URL, which may be signed."""
-    if (answer := getattr(error, "response", None)) is not None:
-        return f"HTTP {answer.status_code} {answer.reason}"
-    if type(error) is requests.RequestException:
-        return str(error)  # one of fetch
-    while error.__context__:
-        error = error.__context__
-    return re.sub(r"\w+://[^\s'\"]+", "…", f"{type(error).__name__}: {error}")[:150]
-
-
-def require_network(url: str) -> None:
-    """Raise SystemExit if no answer of any kind comes within OFFLINE_SECONDS."""
-    answered, problems = threading.Event(), ["no answer"]
-
-    def knock() -> None:
-        while not answered.is_set():
-            try:
-                with contextlib.suppress(SystemExit):  # the next request raises it again
-                    ask("HEAD", url, allow_redirects=False)
-                answered.set()
-            except FAILED as error:
-                problems.append(explain(error))
-                time.sleep(1)
-
-    threading.Thread(target=knock, daemon=True).start()  # looking up a name may hang for longer than any time-out
-    if not answered.wait(OFFLINE_SECONDS):
-        answered.set()
-        seen = f"{url.split('/datasets/')[0]} can't be reached ({problems[-1]})"
-        advice = "No network? `--corpus python` needs none. A mirror? HF_ENDPOINT=https://…"
-        raise SystemExit(f"the shards did not arrive: {seen}. {advice}")
-
-
-def retried(part: Path, attempt: Callable[[], Result]) -> Result:
-    """Return what `attempt` returns, after waiting and trying again as long as it raises one of FAILED.
-
-    Raises SystemExit if in all the tries of RETRY_SECONDS `part` has not grown beyond what it was at its largest.
-    """
-    furthest, waits = file_size(part), iter(RETRY_SECONDS)
+def download(path: Path, corpus: Corpus) -> None:
+    """Download a shard, resuming a partial one. Raises SystemExit with what to do if it fails."""
+    part, waits = path.with_name(f"{path.name}.part"), iter(RETRY_SECONDS)
+    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
+        before = file_size(part)
         try:
-            return attempt()
+            fetch(part, shard_url(path.name))
+            return os.replace(part, path)
         except FAILED as error:
-            problem, answer = explain(error), getattr(error, "response", None)
-        if file_size(part) > furthest:
-            furthest, waits = file_size(part), iter(RETRY_SECONDS)
+            problem = f"{type(error).__name__}: {error}".split("?")[0]  # a signed URL stays secret
+        if file_size(part) > before:
+            waits = iter(RETRY_SECONDS)
         if (wait := next(waits, None)) is None:
-            raise SystemExit(f"{part.stem}: {problem}")
-        if answer is not None and re.fullmatch(r"\d{1,9}", asked := answer.headers.get("Retry-After", "")):
-            wait = max(wait, min(int(asked), RETRY_AFTER))
-        say(f"{part.stem}: {problem}; next try in {wait} s")
+            raise SystemExit(
+                f"{path.name} did not arrive ({problem}). `{corpus.command}` resumes it. "
+                "No network? --corpus python needs none. A mirror? HF_ENDPOINT=https://..."
+            )
+        say(f"{path.name}: {problem}; next try in {wait} s")
         time.sleep(wait)
 
 
-def fetch(part: Path, url: str, meter: tqdm) -> None:
-    """Append to `part` what it lacks. Raises RequestException if it does not have the hub's size and sha256 then."""
-    remote, done = describe(url), file_size(part)  # at every try, for a location soon expires
-    if done < remote.size:
-        ranges = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
-        with ask("GET", remote.location, headers=ranges, stream=True) as answer:
-            if done and answer.status_code in (200, 416):  # it comes from the start, or is shorter than the hub says
-                meter.update(-done)
-                part.unlink()
-                done = 0
-            answer.raise_for_status()
-            with part.open("ab", buffering=0) as file:  # unbuffered: kill -9 loses nothing
-                for block in answer.iter_content(2**13):
-                    done += file.write(block)
-                    meter.update(len(block))
-                    if done > remote.size:
-                        break
-    if done < remote.size:
-        raise requests.RequestException(f"{done} of {remote.size} bytes came")
-    if done > remote.size or sha256_file(part) != remote.sha256:
-        meter.update(-done)
-        part.unlink()
-        raise requests.RequestException(f"{done} bytes of another sha256 than the hub's came, and were thrown away")
+def shard_names(corpus: Corpus) -> list[str]:
+    """Return the names of climbmix's shards: that for validation, then those to train on."""
+    numbers = (CLIMBMIX_TRAIN_SHARDS, *range(corpus.num_shards))
+    return [f"shard_{number:05d}.parquet" for number in numbers]
 
 
-def download(corpus: Corpus, names: list[str], meter: tqdm) -> None:
-    """Download shards and enter them in the manifest. Raises SystemExit with what is missing, and what to do.
-
-    If the hub refuses one, or the disk is too small, that is before the first byte.
-    """
-    require_network(shard_url(names[0]))
-    begin(meter, f"asking for {len(names)} shards")
-    parts = [corpus.directory / f"{name}.part" for name in names]
-    for part in parts:
-        if (path := part.with_suffix("")).exists() and not part.exists():
-            os.replace(path, part)  # it is not as the manifest says: it may be whole all the same, or its beginning
-    try:
-        size = 0
-        for part in parts:
-            size += retried(part, functools.partial(describe, shard_url(part.stem))).size
-        begun = sum(map(file_size, parts))
-        needed, free = size * (1 + TOKENS_SIZE) - begun, shutil.disk_usage(corpus.directory).free
-        if needed > free:
-            seen = f"shards and their tokens need about {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
-            raise SystemExit(f"{corpus.directory}: {seen}. Free some, set AUTORESEARCH_CACHE, or take fewer --shards")
-        begin(meter, "", size, begun)
-        for number, part in enumerate(parts):
-            meter.set_description_str(f"download, {number} of {len(names)} shards", refresh=False)
-            ensure(corpus, part.stem, lambda part: retried(part, lambda: fetch(part, shard_url(part.stem), meter)))
-    except SystemExit as problem:
-        missing = [name for name in names if not (corpus.directory / name).exists()]
-        listed = ", ".join(missing[:12]) + f" and {len(missing) - 12} more" * (len(missing) > 12)
-        again = f"What did is kept, and `{corpus.command}` goes on from there"
-        raise SystemExit(f"{problem}\n{listed} did not arrive. {again}") from None
+def read_shard(corpus: Corpus, name: str) -> Iterator[str]:
+    """Yield the documents of a shard, which is downloaded if need be."""
+    path = cache_root() / "climbmix" / name
+    if not path.exists():
+        download(path, corpus)
+    return read_documents(path)
 
 
-# Documents ------------------------------------------------------------------------------------------------------------
+# Documents --------------------------------------------------------------------------------------
+
+TEXT_SUFFIXES = """.txt .md .py .rst .tex .org .html .htm .xml .pyi .c .h .cc .cpp .hpp .cu .rs .go
+    .java .kt .swift .js .ts .jsx .tsx .css .sh .rb .pl .php .lua .r .jl .sql .hs .ml .scala .yaml
+    .yml .toml .ini .cfg .parquet .jsonl""".split()
+HOLDOUT = 32  # one file, or document of a file above 1 % of the text, in so many is validation text
+TOO_SMALL = "The corpus is too small: it takes a few hundred KB to train and to be judged"
 
 
-class Source(NamedTuple):
-    """A file of a local corpus. The order of files, and so the split, depends on nothing but their names."""
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A file of a local corpus. Nothing but its name decides its place, and so its split."""
 
     path: Path
     name: str
     size: int  # bytes
-    stamp: str  # changes with the content: sha256 from the package's RECORD (python), time of change (folder)
+    stamp: str  # changes with the content: the sha256 that a package records, or the file's mtime
 
 
 def find_sources(corpus: Corpus) -> list[Source]:
-    """List the files of a local corpus in a fixed shuffled order. Raises SystemExit if there are none."""
-    if corpus.name == "climbmix":
-        return []
-    sources, suffixes = [], {*TEXT_SUFFIXES.split(), ".parquet", ".jsonl"}
+    """List the files of a local corpus in a fixed shuffled order. SystemExit if there are none."""
+    sources = []
     for package in PYTHON_PACKAGES.split() if corpus.name == "python" else ():
         for file in importlib.metadata.files(package):
-            name, kept = str(file), file.suffix == ".py" and file.hash and file.parts[0] != ".."
-            if kept and name not in PYTHON_LEFT_OUT:
+            name, is_source = (
+                str(file),
+                file.suffix == ".py" and file.hash and ".." not in file.parts,
+            )
+            if is_source and name not in PYTHON_LEFT_OUT:
                 sources.append(Source(Path(file.locate()), name, file.size, file.hash.value))
-
-    def passed_over(error: OSError) -> None:
-        say_once(f"skipped {error.filename}: {error.strerror}")
-
-    for folder, folders, names in os.walk(corpus.folder, onerror=passed_over) if corpus.folder else ():
-        folders[:] = [name for name in folders if not name.startswith(".") and Path(folder, name) != cache_root()]
-        for path in (Path(folder, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in suffixes and path.is_file():
-                name, stat = path.relative_to(corpus.folder).as_posix(), path.stat()
-                sources.append(Source(path, name, stat.st_size, str(stat.st_mtime_ns)))
-    if not sources:
-        raise SystemExit(f"{corpus.folder}: no text in it. Read are, at any depth: {' '.join(sorted(suffixes))}")
+    for path in walk(corpus.folder) if corpus.folder else ():
+        name, stat = path.relative_to(corpus.folder).as_posix(), path.stat()
+        sources.append(Source(path, name, stat.st_size, str(stat.st_mtime_ns)))
+    if not sources and corpus.name != "climbmix":
+        raise SystemExit(f"{corpus.folder}: no text in it, at any depth. Read are {TEXT_SUFFIXES}")
     return sorted(sources, key=lambda source: digest(source.name))
 
 
-def split_text(blocks: Iterable[str], limit: int) -> Iterator[str]:
-    """Cut a text into documents of at most `limit` characters, at blank lines where there are some, else at lines.
+def walk(folder: str) -> Iterator[Path]:
+    """Yield the text files in a folder, at any depth, but nothing hidden and not the cache."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(place, name) for name in names if not name.startswith(".")):
+            is_text = path.suffix.lower() in TEXT_SUFFIXES and path.is_file()
+            if is_text and cache_root() not in path.parents:
+                yield path
 
-    Raises ValueError for what is binary.
+
+def split_text(path: Path, limit: int) -> Iterator[str]:
+    """Cut a text into documents of at most `limit` characters, at blank lines, else at lines.
+
+    Raises ValueError for what is binary, or not UTF-8.
     """
-    cuts, rest = (r"(?=\r?\n\r?\n|\Z)", r"(?=\r?\n|\Z)", ""), ""
-    pattern = re.compile("|".join(f".{{1,{limit}}}{cut}" for cut in cuts), re.DOTALL)
-    for block in itertools.chain(blocks, [""]):  # the empty one ends the text
-        if "\0" in block:
-            raise ValueError("binary")
-        parts = pattern.findall(rest + block)
-        rest = parts.pop() if block else ""  # it may go on in the next block
-        yield from (document for part in parts if (document := part.strip("\r\n")))
+    text = path.read_bytes().decode()
+    if "\0" in text:
+        raise ValueError("binary")
+    ends = (r"(?=\r?\n\r?\n|\Z)", r"(?=\r?\n|\Z)", "")
+    pattern = "|".join(f".{{1,{limit}}}{end}" for end in ends)
+    for match in re.finditer(pattern, text, re.DOTALL):
+        yield match[0].strip("\r\n")
 
 
-def read_jsonl(file: BinaryIO) -> Iterator[str]:
-    """Yield what stands under "text" in each line. Raises SystemExit for a line of anything else."""
-    for number, line in enumerate(file, 1):
-        try:
-            yield json.loads(line)["text"].encode("utf-8", "replace").decode() if line.strip() else ""
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise SystemExit(f'{file.name}:{number}: expected a JSON object with a text under "text"') from None
+def read_jsonl(path: Path) -> Iterator[str]:
+    """Yield what stands under "text" in each line. Raises SystemExit for a line without it."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = json.loads(line)["text"] if line.strip() else ""
+                yield text.encode("utf-8", "replace").decode()
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                seen = f'{path}:{number}: expected a JSON object with a string under "text"'
+                raise SystemExit(f"{seen}, not {line[:40]!r}") from None
 
 
-def read_documents(path: Path, meter: tqdm, limit: int = 0) -> Iterator[str]:
-    """Yield the documents of a file, streaming; those of plain text are cut to `limit` characters.
-
-    Raises ValueError if it is not text, OSError if it is unreadable, SystemExit for other than the format's documents.
-    """
-    if path.suffix.lower() != ".parquet":
-        with path.open("rb") as file:
-            at, text_file = 0, io.TextIOWrapper(file, "utf-8", newline="")
-            blocks = iter(lambda: text_file.read(2**22), "")
-            for text in read_jsonl(file) if path.suffix.lower() == ".jsonl" else split_text(blocks, limit):
-                meter.update(file.tell() - at)
-                at = file.tell()
-                if text:
-                    yield text
-        return
+def read_parquet(path: Path) -> Iterator[str]:
+    """Yield the column "text". Raises SystemExit if the file has none, or can't be read."""
     try:
         with pq.ParquetFile(path) as file:
-            if "text" not in (names := file.schema_arrow.names):
-                raise SystemExit(f"{path}: no column text; its columns are {', '.join(names)}")
-            if not (pa.types.is_string(kind := file.schema_arrow.field("text").type) or pa.types.is_large_string(kind)):
-                raise SystemExit(f"{path}: its column text is of the type {kind}, not string")
+            kind = file.schema_arrow.field("text").type
+            if kind not in (pa.string(), pa.large_string()):
+                raise TypeError(f"its type is {kind}")
             for batch in file.iter_batches(1024, columns=["text"]):
-                meter.update(path.stat().st_size * batch.num_rows // file.metadata.num_rows)
-                yield from filter(None, batch.column(0).to_pylist())
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise SystemExit(f"{path}: not a readable parquet file ({error})") from None
+                yield from batch.column("text").to_pylist()
+    except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
+        advice = 'expected a parquet file with strings in a column "text"'
+        raise SystemExit(f"{path}: {advice} ({error})") from None
 
 
-def local_documents(sources: list[Source], split: str, corpus: Corpus, meter: tqdm) -> Iterator[str]:
-    """Yield the documents of one split of a local corpus, saying which files could not be read.
+def read_documents(path: Path, limit: int = 0) -> Iterator[str]:
+    """Yield the documents of a file; those of plain text have at most `limit` characters.
 
-    One file in 25 is held out, but of a file above 1 % of the text one document in 25; fewer of a very large corpus.
+    Raises ValueError if it is not text, SystemExit for other than the format's documents.
+    """
+    if path.suffix.lower() == ".parquet":
+        documents = read_parquet(path)
+    elif path.suffix.lower() == ".jsonl":
+        documents = read_jsonl(path)
+    else:
+        documents = split_text(path, limit)
+    return filter(None, documents)
+
+
+def local_documents(sources: list[Source], corpus: Corpus, split: str) -> Iterator[str]:
+    """Yield the documents of one split of a local corpus.
+
+    One file in HOLDOUT is held out, but of a large file one document in HOLDOUT. Files that are not
+    UTF-8 text are skipped, and said.
     """
     total, skipped = sum(source.size for source in sources), []
-    holdout = max(25, min(total // (8 * corpus.eval_tokens), len(sources) // 2))
+
+    def is_in_split(position: int) -> bool:
+        return (position % HOLDOUT == HOLDOUT - 1) == (split == "val")
+
     for position, source in enumerate(sources):
         whole = corpus.name == "python" or source.size <= total / 100
-        if not whole or (position % holdout == holdout - 1) == (split == "val"):
-            try:  # characters: about a row
-                for index, text in enumerate(read_documents(source.path, meter, 4 * corpus.seq_len)):
-                    if whole or (index % holdout == holdout - 1) == (split == "val"):
-                        yield text
-            except ValueError as error:  # UnicodeDecodeError is one
-                skipped.append(f"{source.path} ({error})")
-            except OSError as error:  # not skipped: what is held out must not depend on it
-                raise SystemExit(f"{source.path}: {error.strerror}. Make it readable, or take it away") from None
-        else:
-            meter.update(source.size)
+        if whole and not is_in_split(position):
+            continue
+        try:
+            for index, text in enumerate(read_documents(source.path, 4 * corpus.seq_len)):
+                if whole or is_in_split(index):
+                    yield text
+        except ValueError as error:  # UnicodeDecodeError is one
+            skipped.append(f"{source.path} ({error})")
     if skipped:
-        say_once(f"skipped {len(skipped)} files that are not UTF-8 text, the first is {skipped[0]}")
+        say(f"skipped {len(skipped)} files that are not UTF-8 text, the first is {skipped[0]}")
 
 
-# Tokenizer ------------------------------------------------------------------------------------------------------------
+# Tokenizer --------------------------------------------------------------------------------------
 
-SPLIT_PATTERN = (  # GPT-4's, but with at most two digits in a token: a small vocabulary has none to spare for numbers
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+SPLIT_PATTERN = (  # GPT-4's, but with at most two digits in a token: a small vocabulary needs that
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]
 BOS = SPECIAL_TOKENS[0]
 
 
+def encode_text(encoding: tiktoken.Encoding, text: str) -> list[np.ndarray]:
+    """Return ids, uint32, of a text's pieces: a million spaces are too many for the split pattern.
+
+    Special tokens in it are plain text.
+    """
+    pieces = re.findall("(?s).{1,65536}", text)
+    return [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+
+
+def build_encoding(saved: bytes) -> tiktoken.Encoding:
+    """Build the encoding that tokenizer.json describes: ids of special tokens come last."""
+    rules = json.loads(saved)
+    ranks = {base64.b64decode(token): rank for rank, token in enumerate(rules["tokens"])}
+    special = {token: len(ranks) + i for i, token in enumerate(rules["special"])}
+    options = {"mergeable_ranks": ranks, "special_tokens": special, "pat_str": rules["pattern"]}
+    return tiktoken.Encoding("autoresearch", **options)
+
+
 class Tokenizer:
-    """Byte-pair encoding of a prepared corpus. Raises SystemExit if its file is not the manifest's."""
+    """Byte-pair encoding of a prepared corpus. SystemExit if its file is not the manifest's."""
 
     def __init__(self, corpus: Corpus):
-        self.corpus, saved = corpus, json.loads(verified(corpus, "tokenizer.json"))
-        ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
-        special = {token: len(ranks) + i for i, token in enumerate(saved["special"])}  # after all other ids
-        rules = {"pat_str": saved["pattern"], "mergeable_ranks": ranks, "special_tokens": special}
-        self.encoding = tiktoken.Encoding("autoresearch", **rules)
+        self.corpus = corpus
+        self.encoding = build_encoding(read_verified(corpus, "tokenizer.json"))
 
     @classmethod
     def from_directory(cls) -> "Tokenizer":
-        """Load the tokenizer of the corpus that a run would take."""
-        corpus, _ = choose_corpus()
+        """Load the tokenizer of the corpus that a run would take; it is prepared if need be."""
+        corpus = choose_corpus()
         prepare(corpus)
         return cls(corpus)
 
     def get_vocab_size(self) -> int:
-        """Number of token ids, specials included."""
+        """Return the number of token ids, special ones included."""
         return self.encoding.n_vocab
 
     def get_bos_token_id(self) -> int:
-        """The id that every document and every row begins with."""
+        """Return the id that every document and every row begins with."""
         return self.encoding.encode_single_token(BOS)
 
     def encode(self, text: str) -> list[int]:
-        """Encode a text; specials in it are plain text."""
-        return self.encoding.encode_ordinary(text)
+        """Encode a text; special tokens in it are plain text."""
+        return [i for ids in encode_text(self.encoding, text) for i in ids.tolist()]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids."""
         return self.encoding.decode(list(ids))
 
     def tokens(self) -> list[bytes]:
-        """Raw bytes of each id, none of specials: over an encoded text they sum to len(text.encode()) exactly."""
+        """Return the raw bytes of each id, none for special ones: a text's sum to its length."""
         ordinary = range(self.encoding.n_vocab - len(SPECIAL_TOKENS))
-        return [*map(self.encoding.decode_single_token_bytes, ordinary), *[b""] * len(SPECIAL_TOKENS)]
+        decoded = map(self.encoding.decode_single_token_bytes, ordinary)
+        return [*decoded, *[b""] * len(SPECIAL_TOKENS)]
 
 
-def train_tokenizer(part: Path, documents: Iterable[str], vocab_size: int) -> None:
-    """Train byte-pair merges on the first 10,000 characters of each document."""
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> str:
+    """Train byte-pair merges on the first 10,000 characters of each document; return the JSON."""
     bpe, texts = rustbpe.Tokenizer(), (text[:10_000] for text in documents)
-    if (first := next(texts, None)) is None:
-        raise SystemExit(f"there is no text that could be read. {TOO_SMALL}")
-    bpe.train_from_iterator(itertools.chain([first], texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+    num_ordinary = vocab_size - len(SPECIAL_TOKENS)
+    bpe.train_from_iterator(texts, num_ordinary, pattern=SPLIT_PATTERN)
     merges = sorted(bpe.get_mergeable_ranks(), key=lambda merge: merge[1])
     tokens = [base64.b64encode(bytes(token)).decode() for token, _ in merges]
-    part.write_text(json.dumps({"pattern": SPLIT_PATTERN, "special": SPECIAL_TOKENS, "tokens": tokens}, indent=0))
+    saved = {"pattern": SPLIT_PATTERN, "special": SPECIAL_TOKENS, "tokens": tokens}
+    return json.dumps(saved, indent=0)
 
 
-# Token cache ----------------------------------------------------------------------------------------------------------
+# Token cache ------------------------------------------------------------------------------------
 
-MANIFEST = "manifest.json"
-PIECE = 2**27  # bytes of text in a token file of a local corpus: the most that a kill costs, and the loader maps
+TOKEN_SECTIONS = ("Documents", "Tokenizer", "Token cache")
 
 
-def read_manifest(directory: Path) -> dict:
-    """{"made_from": digests, "files": {name: {"size", "sha256", …}}} of a place in the cache."""
-    path = directory / MANIFEST
-    if not path.exists():
-        return {"made_from": {}, "files": {}}
+def tokens_key(corpus: Corpus) -> str:
+    """Return a digest of all that decides the tokens: this code, the settings, the source files."""
+    parts = re.split(r"^# ([A-Z][\w ]+) -+$", Path(__file__).read_text("utf-8"), flags=re.MULTILINE)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    code = [record.strip_comments(sections[name]) for name in TOKEN_SECTIONS]
+    text = [(source.name, source.size, source.stamp) for source in find_sources(corpus)]
+    settings = (corpus.name, corpus.vocab_size, corpus.seq_len, corpus.eval_tokens)
+    return digest(code, settings, text, CLIMBMIX_REPO)
+
+
+def read_manifest(corpus: Corpus) -> dict[str, dict]:
+    """Return {name: {"size": bytes, "sha256": hex}} of what is prepared; {} if unfinished."""
+    path = corpus.directory / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
-        if manifest.pop("digest") != digest(manifest):
-            raise ValueError("its digest is another")
-        return manifest
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise SystemExit(f"{path} is damaged ({error!r}). Delete it, then `uv run prepare.py` makes it again") from None
+        return json.loads(path.read_text())["files"] if path.exists() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        advice = f"delete it, then `{corpus.command}`"
+        raise SystemExit(f"{path} is damaged ({error!r}): {advice}") from None
 
 
-def write_manifest(directory: Path, manifest: dict) -> None:
-    """Write a manifest, with a digest of itself."""
-    write(directory / MANIFEST, json.dumps(manifest | {"digest": digest(manifest)}, sort_keys=True))
+def file_names(corpus: Corpus) -> list[str]:
+    """Return the names of the files that a corpus consists of; a local one has one of tokens."""
+    train = [f"train_{number:05d}.tokens" for number in range(corpus.num_shards or 1)]
+    return ["tokenizer.json", "val_rows.bin", *train]
 
 
-def write(path: Path, line: str) -> None:
-    """Write a file under another name, flush it to disk and rename it: it is whole or not there."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(f"{line}\n")
-    flush(part)
-    os.replace(part, path)
+def find_damaged(corpus: Corpus, thorough: bool) -> list[str]:
+    """Return the files without the manifest's size or, if `thorough`, without its sha256."""
+    manifest, names = read_manifest(corpus), file_names(corpus)
+
+    def is_damaged(name: str) -> bool:
+        path, entry = corpus.directory / name, manifest.get(name)
+        if not entry or file_size(path) != entry["size"]:
+            return True
+        return thorough and sha256_file(path) != entry["sha256"]
+
+    with ThreadPoolExecutor() as pool:
+        return list(itertools.compress(names, pool.map(is_damaged, names)))
 
 
-def flush(path: Path) -> None:
-    """Have a file on disk, whatever happens to the machine."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def file_size(path: Path) -> int:
-    """Bytes of a file, 0 if there is none."""
-    return path.stat().st_size if path.exists() else 0
-
-
-def is_whole(path: Path, entry: dict | None, thorough: bool = True) -> bool:
-    """Whether a file has the size and, if `thorough`, the sha256 of its entry in the manifest."""
-    same = entry and path.exists() and file_size(path) == entry["size"]
-    return bool(same) and (not thorough or sha256_file(path) == entry["sha256"])
-
-
-def damaged(corpus: Corpus, names: Iterable[str], thorough: bool = True) -> dict[str, str]:
-    """Say what is wrong with files, by name, and what mends it. If `thorough` they are read, on all cores."""
-    files = read_manifest(corpus.directory)["files"]
-
-    def problem(name: str) -> str | None:
-        path = corpus.directory / name
-        seen = "damaged" if path.exists() else "missing"
-        return None if is_whole(path, files.get(name), thorough) else f"{path} is {seen}. `{corpus.command}` mends it"
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return {name: found for name, found in zip(names, pool.map(problem, names), strict=True) if found}
-
-
-def verified(corpus: Corpus, name: str) -> bytes:
-    """Return the content of a prepared file. Raises SystemExit if it is missing or its sha256 is not the manifest's."""
-    if problems := damaged(corpus, [name]):
-        raise SystemExit(problems[name])
-    return (corpus.directory / name).read_bytes()
-
-
-def ensure(corpus: Corpus, name: str, make: Callable[[Path], dict | None]) -> dict:
-    """Have `make` write a .part file, enter it and what it returns in the manifest, and only then give it its name.
-
-    Killed in between, the next call finds a .part that is what the manifest says, and has only to rename it.
-    """
-    part, manifest = corpus.directory / f"{name}.part", read_manifest(corpus.directory)
-    if not is_whole(part, manifest["files"].get(name)):
-        try:
-            more = make(part)
-        except BaseException:
-            if not name.endswith(".parquet"):  # of a download, what there is is gone on with
-                part.unlink(missing_ok=True)
-            raise
-        flush(part)
-        manifest["files"][name] = {"size": file_size(part), "sha256": sha256_file(part)} | (more or {})
-        write_manifest(corpus.directory, manifest)
-    os.replace(part, corpus.directory / name)
-    say(f"{name}: {manifest['files'][name]['size'] / 1e6:.2f} MB")
-    return manifest["files"][name]
-
-
-@contextlib.contextmanager
-def locked(path: Path, advice: str, wait: bool) -> Iterator[None]:
-    """Hold a lock file that names its holder; the system lets it go with the process, however that ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("r+" if path.exists() else "a+") as lock:
-        with contextlib.suppress(PermissionError):
-            path.chmod(0o666)  # for a device, which other users share
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            message = f"{path} is held by process {lock.read()}: {advice}"
-            if not wait:
-                raise SystemExit(message) from None
-            say(message)
-            with status_line(lambda: "waiting"):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.seek(0)
-        lock.truncate()
-        print(os.getpid(), end="", file=lock, flush=True)
-        try:
-            yield
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # a process that was forked would hold it on
-
-
-@contextlib.contextmanager
-def explained(corpus: Corpus) -> Iterator[None]:
-    """Turn what the disk or the user can do to the block into SystemExit with what to do."""
-    try:
-        yield
-    except OSError as error:
-        advice = "Free some space, or set AUTORESEARCH_CACHE to a folder that can be written. Finished files are kept"
-        raise SystemExit(f"can't write to or read from {corpus.directory}: {error}. {advice}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(f"stopped. What is finished is kept, and `{corpus.command}` goes on from there") from None
+def read_verified(corpus: Corpus, name: str) -> bytes:
+    """Return a prepared file's content. SystemExit if it is not what the manifest says."""
+    path = corpus.directory / name
+    data, entry = path.read_bytes() if path.exists() else b"", read_manifest(corpus).get(name, {})
+    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+        raise SystemExit(f"{path} is missing or damaged: `{corpus.command}` makes it again")
+    return data
 
 
 def prepare(corpus: Corpus, thorough: bool = False) -> None:
-    """Make what is missing of a corpus, if `thorough` also what is damaged. Safe to kill and to run twice at once."""
-    meter = make_meter()
-    show = status_line(lambda: str(meter) if meter.total else meter.desc)
-    with explained(corpus), locked(corpus.directory / "lock", "waiting for it", wait=True), show:
-        build(corpus, thorough, meter)
+    """Make what a corpus lacks; if `thorough`, what is damaged. Safe to kill, or to run twice."""
+    try:
+        if not find_damaged(corpus, thorough):
+            return
+        with record.file_lock(cache_root() / "prepare.lock", "waiting for it"):
+            corpus.directory.mkdir(parents=True, exist_ok=True)
+            files = read_manifest(corpus)
+            for name in find_damaged(corpus, thorough):
+                if files.pop(name, None):  # else it is missing, or the manifest was not yet written
+                    (corpus.directory / name).unlink(missing_ok=True)
+            make_files(corpus)
+            write_manifest(corpus, files)
+    except OSError as error:
+        advice = "give access, free some space, or set AUTORESEARCH_CACHE to another folder"
+        raise SystemExit(f"{error}: {advice}. What is finished is kept") from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped. `{corpus.command}` resumes") from None
 
 
-def made_from(corpus: Corpus, sources: list[Source]) -> dict[str, str]:
-    """Digests of what decides all that is in the cache."""
-    text = digest([(source.name, source.size, source.stamp) for source in sources])
-    scale = digest(corpus.vocab_size, corpus.seq_len, corpus.eval_tokens)
-    return {"prepare.py": SOURCE_SHA256, "text": text, "configuration": scale}
+def write_manifest(corpus: Corpus, files: dict[str, dict]) -> None:
+    """Enter all files that are not in it, and the settings, in the manifest."""
+    for name in file_names(corpus):
+        path = corpus.directory / name
+        if name not in files:
+            files[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+    text = json.dumps({"settings": dataclasses.asdict(corpus), "files": files}, indent=1)
+    record.write_file(corpus.directory / "manifest.json", text)
 
 
-def build(corpus: Corpus, thorough: bool, meter: tqdm) -> None:
-    """Make the files of a corpus: shards to download, tokenizer.json, val_rows.bin, train_*.tokens."""
-    directory, sources = corpus.directory, find_sources(corpus)
-    if (manifest := read_manifest(directory))["made_from"] != (now := made_from(corpus, sources)):
-        if manifest["files"]:
-            say(f"{directory} was made by another prepare.py or from other text: making it again")
-        for path in directory.iterdir():
-            if re.fullmatch(r"(tokenizer\.json|val_rows\.bin|train_\d+\.tokens)(\.part)?", path.name):
-                path.unlink()
-        shards = {name: entry for name, entry in manifest["files"].items() if name.endswith(".parquet")}
-        write_manifest(directory, {"made_from": now, "files": shards})
-    files = read_manifest(directory)["files"]
-    begin(meter, "reading what is prepared")
-    whole = files.keys() - damaged(corpus, files, thorough).keys()
-
+def make_files(corpus: Corpus) -> None:
+    """Make the files that a corpus lacks, and that alone: a killed call is resumed by the next."""
+    names, sources = iter(file_names(corpus)), find_sources(corpus)
+    read, splits = functools.partial(local_documents, sources, corpus), ["val", "train"]
     if corpus.name == "climbmix":
-        shards = shard_names(corpus)
-        if missing := [name for name in shards if name not in whole]:
-            download(corpus, missing, meter)
-        val, *train = [functools.partial(read_documents, directory / name, meter) for name in shards]
-        paths, piece, first = [directory / name for name in shards[1:]], math.inf, 100_000
-    else:
-        val, *train = [functools.partial(local_documents, sources, split, corpus, meter) for split in ("val", "train")]
-        paths, piece, first = [source.path for source in sources], PIECE, 2**15
-
-    if "tokenizer.json" not in whole:
-        begin(meter, "tokenizer.json")
-        texts = itertools.islice(train[0](), first)  # of the first shard alone
-        ensure(corpus, "tokenizer.json", lambda part: train_tokenizer(part, texts, corpus.vocab_size))
-    encoding, held_out, names = Tokenizer(corpus).encoding, None, []
-    if "val_rows.bin" not in whole:
-        begin(meter, "val_rows.bin")
-        ensure(corpus, "val_rows.bin", lambda part: write_val_rows(part, val(), corpus, encoding))
-    for documents in train:
-        stream, entry = enumerate(documents(), 1), {"documents": 0, "last": False}
-        while not entry["last"]:
-            names.append(f"train_{len(names):05d}.tokens")
-            if names[-1] not in whole:
-                if held_out is None:
-                    begin(meter, "what is held out")
-                    held_out = {text_key(text.encode()) for text in val()}
-                    unread = paths[len(names) - 1 :] if corpus.num_shards else paths
-                    begin(meter, "tokens", sum(map(file_size, unread)))
-                rest = itertools.dropwhile(lambda item, done=entry["documents"]: item[0] <= done, stream)
-                make = functools.partial(write_tokens, stream=rest, held_out=held_out, encoding=encoding, size=piece)
-                entry = ensure(corpus, names[-1], make)
-            else:
-                entry = files[names[-1]]
-    token_files(corpus)
+        read, splits = functools.partial(read_shard, corpus), shard_names(corpus)
+    val, *train = [functools.partial(read, split) for split in splits]
+    with make_file(corpus, next(names)) as part:
+        if part:  # the first training shard alone
+            sample = itertools.islice(train[0](), 100_000 if corpus.num_shards else 2**15)
+            part.write_text(train_tokenizer(sample, corpus.vocab_size))
+    encoding = build_encoding((corpus.directory / "tokenizer.json").read_bytes())
+    with make_file(corpus, next(names)) as part:
+        if part:
+            documents = ((ids, 1) for ids in encode_documents(val(), encoding))
+            rows = (row for row, _ in pack_rows(documents, corpus.seq_len + 1))
+            rows = list(itertools.islice(rows, corpus.eval_tokens // corpus.seq_len))
+            if not rows:
+                raise SystemExit(f"the validation split does not fill a row. {TOO_SMALL}")
+            part.write_bytes(np.stack(rows).tobytes())
+    held_out = None
+    for name, documents in zip(names, train, strict=True):
+        with make_file(corpus, name) as part:
+            if part:
+                held_out = held_out or {document_hash(text) for text in val()}
+                texts = (text for text in documents() if document_hash(text) not in held_out)
+                bar = tqdm(texts, desc=name, unit=" documents", disable=None)
+                with part.open("wb") as file:
+                    file.writelines(encode_documents(iter(bar), encoding))
+                    if not file.tell():
+                        raise SystemExit(f"nothing is left to train on. {TOO_SMALL}")
 
 
-def token_files(corpus: Corpus) -> list[str]:
-    """The files that a corpus trains on. Raises SystemExit if there is nothing in them."""
-    files = read_manifest(corpus.directory)["files"]
-    names = sorted(name for name in files if name.endswith(".tokens"))[: corpus.num_shards]
-    if not (names := [name for name in names if files[name]["size"]]):
-        raise SystemExit(f"no text to train on that is not in the validation text as well. {TOO_SMALL}")
-    return names
+@contextlib.contextmanager
+def make_file(corpus: Corpus, name: str) -> Iterator[Path | None]:
+    """Yield where to write a file, None if it is there; it gets its name when it is whole."""
+    path = corpus.directory / name
+    if path.exists():
+        yield None
+        return
+    say(f"making {name}")
+    part = path.with_name(f"{name}.part")
+    yield part
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
 
 
-def text_key(text: bytes) -> bytes:
-    """What stands for a document where many are remembered: 16 bytes."""
-    return hashlib.blake2b(text, digest_size=16).digest()
+def document_hash(text: str) -> bytes:
+    """Return 16 bytes that stand for a document."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def write_val_rows(part: Path, documents: Iterator[str], corpus: Corpus, encoding: tiktoken.Encoding) -> None:
-    """Pack held-out documents into the rows that every run is judged by."""
-    bos = encoding.encode_single_token(BOS)
-    encoded = (
-        (ids, 1)
-        for tokens in encode_documents(documents, encoding)
-        for ids in np.split(tokens, np.flatnonzero(tokens == bos)[1:])
-    )
-    rows = itertools.islice(pack_rows(encoded, corpus.seq_len + 1), corpus.eval_tokens // corpus.seq_len)
-    if not (rows := [row for row, _ in rows]):
-        raise SystemExit(f"the text held out for validation does not fill {corpus.seq_len} tokens. {TOO_SMALL}")
-    part.write_bytes(np.stack(rows).tobytes())
+def encode_documents(texts: Iterator[str], encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
+    """Yield the ids of each document, BOS first, uint16 (tokens,); on all cores."""
+    bos = [encoding.encode_single_token(BOS)]
+
+    def encode(text: str) -> np.ndarray:
+        return np.concatenate([bos, *encode_text(encoding, text)]).astype(np.uint16)
+
+    with ThreadPoolExecutor() as pool:
+        while batch := list(itertools.islice(texts, 2**12)):
+            yield from pool.map(encode, batch)
 
 
-def write_tokens(part: Path, stream: Iterator, held_out: set[bytes], encoding: tiktoken.Encoding, size: float) -> dict:
-    """Write tokens of the next (number, document) of a stream, of about `size` bytes, without what is held out.
+def pack_rows(documents: Documents, length: int) -> Documents:
+    """Pack (ids, epoch) into rows, uint16 (length,), without padding; yield (row, epoch).
 
-    Returns {"documents": the number of the last one, "last": whether there is none after it}.
+    Best fit: of the next 1000 documents the longest that fits the room left, the earliest among
+    equals; where none fits, the shortest is cropped. Documents begin with BOS, so every row does.
     """
-    number = 0
-
-    def kept() -> Iterator[str]:
-        nonlocal number, size
-        for count, text in stream:
-            number, data = count, text.encode()
-            if text_key(data) not in held_out:  # no document stands in both splits
-                yield text
-            if (size := size - len(data)) <= 0:
-                return
-
-    with part.open("wb") as file:
-        file.writelines(encode_documents(kept(), encoding))
-    return {"documents": number, "last": size > 0}
-
-
-def encode_documents(documents: Iterator[str], encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
-    """Yield the ids of many documents at a time, BOS before each, uint16 (tokens,), on all cores."""
-    bos = encoding.encode_single_token(BOS)
-
-    def encode(texts: list[str]) -> np.ndarray:
-        try:
-            if any(BOS in text or len(text) > 2**20 for text in texts):
-                raise ValueError("what spells BOS is text, and a word of a million letters takes very long")
-            ids = encoding.encode_to_numpy(BOS + BOS.join(texts), allowed_special={BOS}, disallowed_special=())
-        except ValueError:  # or it has more spaces in a row than the split pattern can take
-            cut = ((text[at : at + 2**16], not at) for text in texts for at in range(0, len(text), 2**16))
-            ids = [i for text, first in cut for i in (*[bos] * first, *encoding.encode_ordinary(text))]
-        return np.asarray(ids, dtype=np.uint16)
-
-    with ThreadPoolExecutor(threads := os.cpu_count() or 1) as pool:
-        batches = iter(lambda: list(itertools.islice(documents, 32)), [])
-        running = [pool.submit(encode, batch) for batch in itertools.islice(batches, 2 * threads)]
-        while running:
-            yield running.pop(0).result()
-            running.extend(pool.submit(encode, batch) for batch in itertools.islice(batches, 1))
-
-
-def harness_fingerprint(corpus: Corpus) -> str:
-    """12 hex digits over this file, corpus, tokenizer and validation rows: val_bpb compare only where it is equal."""
-    files = read_manifest(corpus.directory)["files"]
-    settings = (corpus.name, corpus.vocab_size, corpus.seq_len, corpus.num_shards)
-    return digest(SOURCE_SHA256, settings, files["tokenizer.json"]["sha256"], files["val_rows.bin"]["sha256"])[:12]
-
-
-# Dataloader -----------------------------------------------------------------------------------------------------------
-
-
-def pack_rows(documents: Iterable[tuple[np.ndarray, int]], length: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Pack (ids, epoch) into rows, uint16 (length,), without padding; yield them with the epoch.
-
-    Best fit: of the next 1000 documents the longest that fits the room left, the earliest among equals; where none
-    fits, the shortest is cropped to fill the row. Every document begins with BOS, so every row does.
-    """
-    documents, order, epoch = iter(documents), itertools.count(), 1
+    order, epoch = itertools.count(), 1
     buffer: list[tuple[int, int, np.ndarray]] = []  # sorted by length, then by order of arrival
     while True:
         row, room = np.empty(length, dtype=np.uint16), length
         while room:
             while len(buffer) < 1000 and (item := next(documents, None)):
                 ids, epoch = item
-                insort(buffer, (len(ids), next(order), ids[:length].copy()))  # a slice would keep its file in memory
+                insort(buffer, (len(ids), next(order), ids[:length].copy()))  # no slice of its file
             if not buffer:
                 return
             fits = bisect_left(buffer, (room + 1,))
             best = bisect_left(buffer, (buffer[fits - 1][0],)) if fits else 0
-            size, _, ids = buffer.pop(best)
-            size = min(size, room)
-            row[length - room :][:size] = ids[:size]
-            room -= size
+            ids = buffer.pop(best)[2][:room]
+            row[length - room :][: len(ids)] = ids
+            room -= len(ids)
         yield row, epoch
 
 
-def train_documents(corpus: Corpus, seed: int, part: tuple = (0, 1)) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (ids, epoch) for ever, slices of the memory-mapped tokens: shards shuffled, documents shuffled in each.
+def harness_digest(corpus: Corpus) -> str:
+    """Return 12 hex digits over the judge's code, corpus, tokenizer and validation rows.
 
-    `part`: from where to where of each shard. In a local corpus documents of one file stand together.
+    Two val_bpb compare only where it is equal.
     """
-    names, bos = token_files(corpus), Tokenizer(corpus).get_bos_token_id()
+    files = read_manifest(corpus)
+    made = [files[name]["sha256"] for name in ("tokenizer.json", "val_rows.bin")]
+    settings = (corpus.name, corpus.vocab_size, corpus.seq_len, corpus.num_shards)
+    return digest(record.judge_digest(), settings, made)[:12]
+
+
+# Dataloader -------------------------------------------------------------------------------------
+
+
+def train_documents(corpus: Corpus, seed: int, part: tuple[float, float]) -> Documents:
+    """Yield (ids, epoch) for ever, slices of the memory map: files and documents are shuffled.
+
+    `part`: from where to where of each file. In a local corpus documents of a file stand together.
+    """
+    bos, names = Tokenizer(corpus).get_bos_token_id(), file_names(corpus)[2:]
     for epoch in itertools.count(1):
-        rng, documents = np.random.default_rng([seed, epoch]), 0
+        rng = np.random.default_rng([seed, epoch])
         for name in rng.permutation(names):
             tokens = np.asarray(np.memmap(corpus.directory / name, dtype=np.uint16, mode="r"))
             starts = np.append(np.flatnonzero(tokens == bos), len(tokens))
             first, end = (round(bound * (len(starts) - 1)) for bound in part)
-            documents += end - first
+            if first == end:
+                raise SystemExit(f"part {part} of {name} has no document. {TOO_SMALL}")
             for i in first + rng.permutation(end - first):
                 yield tokens[starts[i] : starts[i + 1]], epoch
-        if not documents:
-            raise ValueError(f"part {part} of {corpus.directory} holds no document")
 
 
 def read_val_rows(corpus: Corpus) -> np.ndarray:
-    """The rows that every run is judged by: uint16, (rows, seq_len + 1). Raises SystemExit if they were changed."""
-    return np.frombuffer(verified(corpus, "val_rows.bin"), dtype=np.uint16).reshape(-1, corpus.seq_len + 1)
+    """Return the rows that every run is judged by, uint16 (rows, seq_len + 1)."""
+    data = read_verified(corpus, "val_rows.bin")
+    return np.frombuffer(data, dtype=np.uint16).reshape(-1, corpus.seq_len + 1)
 
 
-def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, seed=SEED, part=(0, 1)) -> Iterator[tuple]:
-    """Yield (x, y, epoch) for ever: inputs and targets, int64 (B, T), on the device, made ready by a background thread.
+def make_dataloader(
+    tokenizer: Tokenizer, B: int, T: int, split: str, seed: int = SEED, part: tuple = (0, 1)
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield (x, y, epoch) for ever: inputs and targets, int64 (B, T), on the device.
 
-    `split` is train, or val for the fixed rows over and over. The rows depend on corpus, T and seed, not on B. `part`:
-    (0.5, 1) is the second half of each shard; parts that do not overlap have no document in common.
+    split: train, or val for the fixed rows over and over. Rows depend on corpus, T and seed alone.
+    part: (0.5, 1) is the second half of each shard; parts that do not overlap share no document.
     """
     device, corpus = get_device(), tokenizer.corpus
     if split == "train":
         rows = pack_rows(train_documents(corpus, seed, part), T + 1)
     elif split == "val" and corpus.seq_len >= T:
-        rows = ((row[: T + 1], epoch) for epoch in itertools.count(1) for row in read_val_rows(corpus))
+        epochs = itertools.count(1)
+        rows = ((row[: T + 1], epoch) for epoch in epochs for row in read_val_rows(corpus))
     else:
-        raise ValueError(f"split={split!r}, T={T}: split must be train or val, and T for val at most {corpus.seq_len}")
+        expected = f"train, or val with T up to {corpus.seq_len}"
+        raise ValueError(f"split {split!r}, T {T}: expected {expected}")
 
-    def next_batch() -> tuple[torch.Tensor, int]:
+    def next_batch() -> tuple[Tensor, int]:
         picked, epochs = zip(*itertools.islice(rows, B), strict=True)
-        batch = torch.from_numpy(np.stack(picked).view(np.int16))  # PyTorch does little with uint16; ids are below 2^15
+        batch = torch.from_numpy(np.stack(picked).view(np.int16))  # ids are below 2^15
         return batch.pin_memory() if device.type == "cuda" else batch, epochs[-1]
 
     worker = ThreadPoolExecutor(1, "dataloader")
-    ready = [worker.submit(next_batch) for _ in range(4)]
+    ready = worker.submit(next_batch)
     try:
         while True:
-            batch, epoch = ready.pop(0).result()
-            ready.append(worker.submit(next_batch))
-            batch = batch.to(device, non_blocking=True)  # two bytes a token: a quarter of what goes to the model
+            batch, epoch = ready.result()
+            ready = worker.submit(next_batch)
+            batch = batch.to(device, non_blocking=True)  # two bytes a token, eight below
             yield batch[:, :-1].long(), batch[:, 1:].long(), epoch
     finally:
         worker.shutdown(wait=False, cancel_futures=True)
 
 
-# Evaluator ------------------------------------------------------------------------------------------------------------
+# Evaluator --------------------------------------------------------------------------------------
+
+PROBES = 8  # batches that are probed besides the first; more of small ones
+
+# How far a probe may move losses, in nats: dev/LOG.md has what honest and leaking models moved.
+MAX_LEAK = 0.003  # plus twice what moves when the same batch comes again
+MAX_LOSS_NOISE = 0.5  # of a single loss when the same batch comes again
+MAX_MEAN_NOISE = 0.003  # of their mean
 
 
-AUDITS = 8  # batches audited besides the first, drawn at random in every evaluation; more of small ones
+@dataclasses.dataclass
+class Probe:
+    """A batch that is asked three times: as it is, with later tokens changed, and at the end."""
 
-# How far an audit may move losses, in nats. In two runs of tests/bench_judge.py (2026-11-23) honest models moved none
-# by a bit, in float32 or bfloat16; one whose layers all round to bfloat16 at random, worse than any kernel, moved
-# single ones by 0.11 and the mean by 0.0004. So twice what moves when a batch comes again is added. The least leak of
-# one head of one block that sees one token ahead moved a loss by 0.028, nine times TOLERANCE, though val_bpb by 0.0007.
-TOLERANCE = 0.003
-UNSTEADY = 0.5  # most that a loss, and
-DRIFT = 0.003  # that the mean may move when the same batch comes again
+    batch: int  # its number
+    x: Tensor  # (B, T)
+    y: Tensor  # (B, T)
+    last: Tensor  # (B, 1): the last position that stays
+    changed: Tensor  # (B, T): x with other tokens after it
+    losses: Tensor | None = None  # (B, T), of x
+    moved: Tensor | None = None  # (B, T), of changed
 
 
 @torch.no_grad()
-def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
-    """Bits per byte of the model on the validation rows; unlike the loss it is the same thing for every vocabulary.
+def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
+    """Return the bits per byte of a model on the validation rows; any vocabulary compares.
 
-    `model(x)` gets ids, int64 (B, T), never targets, and returns logits, (B, T, vocab). A batch too big is halved.
-    Raises ValueError for a model that can't be judged: bad logits, a look at what is to be predicted, a state.
+    `model(x)` gets ids, int64 (B, T), never targets, and returns logits (B, T, vocab). A batch that
+    does not fit memory is halved. Raises ValueError for a model that can't be judged.
     """
-    corpus, tokens = tokenizer.corpus, Tokenizer(tokenizer.corpus).tokens()
+    tokens = Tokenizer(tokenizer.corpus).tokens()
     if tokenizer.tokens() != tokens:
-        raise ValueError(f"the tokenizer handed over is not that of {corpus.directory}, which the rows are made with")
-    if batch_size < 1:
-        raise ValueError(f"a batch of {batch_size} rows: expected 1 or more")
-    rows, before, val_bpb = read_val_rows(corpus), digest_tensors(model.parameters()), None
+        raise ValueError("the tokenizer is not the one that the validation rows were made with")
+    rows, val_bpb = read_val_rows(tokenizer.corpus), None
     with evaluating(model):
         while val_bpb is None:
             try:
@@ -925,14 +741,12 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
                 if batch_size == 1:
                     raise
             batch_size = (batch_size + 1) // 2
-    if digest_tensors(model.parameters()) != before:
-        raise ValueError("parameters changed during the evaluation: a model is judged as it is, not while it learns")
     return val_bpb
 
 
 @contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode; give each part back in the mode it was in."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; give each module back in the mode that it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -942,690 +756,126 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def judge(model: torch.nn.Module, rows: np.ndarray, tokens: list[bytes], batch_size: int) -> float:
-    """Cross-entropy in float32, summed in float64, without tokens of no bytes (specials), over ln 2 and the bytes.
-
-    Audited batches are answered three times: as they are; with every row changed after a random position, which must
-    not move a loss before it; and again at the end, their rows in another order, which must not move any.
-    """
-    vocab, length, secret = len(tokens), rows.shape[1] - 1, random.SystemRandom()
-    draw = torch.Generator().manual_seed(secret.getrandbits(63))  # no model knows what is drawn
-    chosen = secret.sample(range(len(rows)), min(AUDITS + 64 // batch_size, len(rows)))
-    audited = {0, *(row // batch_size for row in chosen)}
-    sizes, nats, size, audits = torch.tensor([len(token) for token in tokens]), 0.0, 0, []
-    for number in range(-(-len(rows) // batch_size)):
+def judge(model: nn.Module, rows: np.ndarray, tokens: list[bytes], batch_size: int) -> float:
+    """Return nats, summed in float64, over ln 2 and bytes; special tokens are in neither sum."""
+    vocab_size, secret = len(tokens), random.SystemRandom()  # nobody knows what is drawn
+    draw = torch.Generator().manual_seed(secret.getrandbits(63))
+    chosen = secret.sample(range(len(rows)), min(PROBES + 64 // batch_size, len(rows)))
+    probed = {0, *(row // batch_size for row in chosen)}
+    sizes = torch.tensor([len(token) for token in tokens])
+    nats, num_bytes, probes = 0.0, 0, []
+    for number in range(math.ceil(len(rows) / batch_size)):
         numbers = np.arange(number * batch_size, (number + 1) * batch_size)
-        batch = torch.from_numpy(rows[numbers % len(rows)].astype(np.int64))  # one shape: nothing is compiled twice
+        batch = torch.from_numpy(rows[numbers % len(rows)].astype(np.int64))  # always one shape
         x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        inputs = {"x": x}
-        if number in audited:
-            last = torch.randint(length - 1, (batch_size, 1), generator=draw)
-            other = torch.randint(1, vocab, x.shape, generator=draw) * (torch.arange(length) > last)
-            inputs["changed"] = (x + other) % vocab
-        calls = secret.sample(sorted(inputs), len(inputs))
-        losses = {name: token_losses(model, inputs[name], y, vocab, number) for name in calls}
-        if number in audited:
-            audits.append((number, x, y, last, inputs["changed"], losses["x"], losses["changed"]))
-        counted = torch.from_numpy(numbers < len(rows))[:, None] & (sizes[y] > 0)
-        nats += losses["x"][counted].sum(dtype=torch.float64).item()
-        size += sizes[y][counted].sum().item()
-    refuse_leaks(model, vocab, audits)
-    return nats / math.log(2) / size
+        ask = functools.partial(compute_losses, model, y=y, vocab_size=vocab_size, batch=number)
+        if number in probed:
+            probe = make_probe(number, x, y, vocab_size, draw)
+            for name, ids in secret.sample([("losses", x), ("moved", probe.changed)], 2):
+                setattr(probe, name, ask(ids))  # in either order
+            probes.append(probe)
+        losses = probe.losses if number in probed else ask(x)
+        lengths = sizes[y] * torch.from_numpy(numbers < len(rows))[:, None]  # 0 for a repeated row
+        nats += losses[lengths > 0].sum(dtype=torch.float64).item()
+        num_bytes += lengths.sum().item()
+    noise = refuse_unrepeatable(model, probes, vocab_size)
+    refuse_leaks(probes, noise)
+    return nats / math.log(2) / num_bytes
 
 
-def token_losses(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, vocab: int, batch: int) -> torch.Tensor:
-    """Nats of each target, float32 (B, T), on the CPU. Raises ValueError for what are no logits."""
+def make_probe(number: int, x: Tensor, y: Tensor, vocab_size: int, draw: torch.Generator) -> Probe:
+    """Draw a position for each row, and other tokens for all after it."""
+    B, T = x.shape
+    last = torch.randint(T - 1, (B, 1), generator=draw)
+    shift = torch.randint(1, vocab_size, x.shape, generator=draw)
+    changed = torch.where(torch.arange(T) > last, (x + shift) % vocab_size, x)
+    return Probe(number, x, y, last, changed)
+
+
+def compute_losses(model: nn.Module, x: Tensor, y: Tensor, vocab_size: int, batch: int) -> Tensor:
+    """Return the nats of each target, float32 (B, T), on the CPU. ValueError for no logits."""
     device = next((p.device for p in model.parameters()), get_device())
-    logits = model(x.to(device))
-    tensor = isinstance(logits, torch.Tensor)
-    if not tensor or logits.shape != (*x.shape, vocab) or not logits.is_floating_point():
-        seen = f"{logits.dtype} {tuple(logits.shape)}" if tensor else type(logits).__name__
-        raise ValueError(f"model(x) must return floating-point logits {(*x.shape, vocab)}; it returned {seen}")
+    logits, expected = model(x.to(device)), (*x.shape, vocab_size)
+    is_tensor = isinstance(logits, Tensor)
+    if not is_tensor or logits.shape != expected or not logits.is_floating_point():
+        seen = f"{logits.dtype} {tuple(logits.shape)}" if is_tensor else type(logits).__name__
+        raise ValueError(f"model(x) must return float logits {expected}; it returned {seen}")
     if not logits.sum().isfinite() and not (finite := logits.isfinite()).all():
         row, position, token = (~finite).nonzero()[0].tolist()
         where = f"batch {batch}, row {row}, position {position}, token {token}"
-        raise ValueError(
-            f"a logit is not finite: {logits[row, position, token].item()} at {where}. For never, -1e4 will do"
-        )
-    pairs = zip(logits, y.to(device), strict=True)  # row by row: a float32 copy of all logits may not fit memory
-    losses = torch.stack([F.cross_entropy(row.float(), target, reduction="none") for row, target in pairs]).cpu()
+        raise ValueError(f"the logit of {where}, is not finite. To rule a token out, take -1e4")
+    pairs = zip(logits, y.to(device), strict=True)  # all logits in float32 may not fit memory
+    rows = [F.cross_entropy(row.float(), targets, reduction="none") for row, targets in pairs]
+    losses = torch.stack(rows).cpu()
     if not losses.isfinite().all():
-        raise ValueError(f"batch {batch}: logits of up to {logits.abs().max().item():.3g} are too large for float32")
+        largest = logits.abs().max().item()
+        raise ValueError(f"batch {batch}: logits of up to {largest:.3g} are too large for float32")
     return losses
 
 
-def refuse_leaks(model: torch.nn.Module, vocab: int, audits: list[tuple]) -> None:
-    """Raise ValueError if audits show losses that depend on later tokens, on other rows, or on what came before.
+def describe_worst(moved: Tensor, probes: list[Probe]) -> str:
+    """Say where losses, (probes, B, T), moved most, and by how much."""
+    probe, row, position = torch.unravel_index(moved.argmax(), moved.shape)
+    where = f"batch {probes[probe].batch}, row {row}, position {position}"
+    return f"{where}: a loss moves by {moved.max():.3g} nats"
 
-    An audit: the batch's number, x, y, the last position of each row that stayed, changed x, losses of x and of that.
+
+def refuse_unrepeatable(model: nn.Module, probes: list[Probe], vocab_size: int) -> Tensor:
+    """Ask every probe again, its rows in another order; return how far losses move.
+
+    That is (probes, B, T). Raises ValueError if it is too far.
     """
-    numbers, *tensors = zip(*audits, strict=True)
-    xs, ys, last, changed, losses, moved = map(torch.stack, tensors)
     again = []
-    for number, x, y, *_ in audits:
-        order = torch.randperm(len(x))
-        again.append(token_losses(model, x[order], y[order], vocab, number)[order.argsort()])
-    drift = torch.stack(again) - losses
-    noise, moved, at = drift.abs(), (moved - losses).abs(), torch.arange(losses.shape[2])
-    steady = noise.max() <= UNSTEADY and drift.mean().abs() <= DRIFT
-    leaks = moved[at <= last].max() > TOLERANCE + 2 * noise.max()  # in single losses, or in many: those just before
-    leaks |= any(moved[seen].mean() > TOLERANCE + 2 * noise[seen].mean() for seen in (at == last, at <= last))
-    if steady and not leaks:
-        return
-    worst = moved * (at <= last) if steady else noise
-    audit, row, position = (i.item() for i in torch.unravel_index(worst.argmax(), worst.shape))
-    seen = f"batch {numbers[audit]}, row {row}, position {position}: the loss moves by {worst.max():.3g} nats"
-    if not steady:
-        what = "the answer depends on earlier batches, or on chance as with dropout"
-        raise ValueError(f"{seen} (the mean by {drift.mean():.3g}) when the batch comes again: {what}")
-    others = torch.where(torch.arange(len(xs[audit]))[:, None] == row, xs[audit], changed[audit])
-    others = token_losses(model, others, ys[audit], vocab, numbers[audit])[row, position]
-    if (others - losses[audit, row, position]).abs() > worst.max() / 2:
-        raise ValueError(f"{seen} when other rows of the batch change: a row must be predicted from itself alone")
-    what = f"when tokens after position {last[audit, row].item()} change: the model sees what it has to predict"
-    raise ValueError(f"{seen} {what}. Mend mask, window, shift or padding")
+    for probe in probes:
+        order = torch.randperm(len(probe.x))
+        losses = compute_losses(model, probe.x[order], probe.y[order], vocab_size, probe.batch)
+        again.append(losses[order.argsort()])
+    drift = torch.stack(again) - torch.stack([probe.losses for probe in probes])
+    if drift.abs().max() > MAX_LOSS_NOISE or drift.mean().abs() > MAX_MEAN_NOISE:
+        seen = describe_worst(drift.abs(), probes)
+        raise ValueError(
+            f"{seen} (the mean by {drift.mean():.3g}) when the batch comes again: the answer "
+            "depends on earlier batches, or on chance as with dropout"
+        )
+    return drift.abs()
 
 
-def digest_tensors(tensors: Iterable[torch.Tensor]) -> str:
-    """A digest of all bits of tensors."""
-    data = (tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy() for tensor in tensors)
+def refuse_leaks(probes: list[Probe], noise: Tensor) -> None:
+    """Raise ValueError if losses depend on later tokens, or on other rows of the batch."""
+    last = torch.stack([probe.last for probe in probes])
+    moved = torch.stack([probe.moved - probe.losses for probe in probes]).abs()
+    at = torch.arange(noise.size(2))
+    leaks = moved[at <= last].max() > MAX_LEAK + 2 * noise.max()
+    for seen in (at == last, at <= last):  # many small ones, those just before the change above all
+        leaks |= moved[seen].mean() > MAX_LEAK + 2 * noise[seen].mean()
+    if leaks:
+        raise ValueError(
+            f"{describe_worst(moved * (at <= last), probes)} when later tokens of all rows change: "
+            "the model sees what it has to predict, or one row sees another. Fix its mask, window, "
+            "shift or padding"
+        )
+
+
+def digest_tensors(tensors: Iterable[Tensor]) -> str:
+    """Return a digest of all bits of tensors."""
+    data = (t.detach().cpu().reshape(-1).view(torch.uint8).numpy() for t in tensors)
     return digest([hashlib.sha256(bits).hexdigest() for bits in data])
 
 
-# Device ---------------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def load_kernel(repo_id: str, revision: str) -> types.ModuleType:
-    """Load an organization's kernel, without asking the hub if it was downloaded. Raises whatever is in the way."""
-    from huggingface_hub import constants, utils
-    from kernels import get_kernel, get_local_kernel, install_kernel
-
-    logging.getLogger("kernels").setLevel(logging.ERROR)
-    if repo_id in os.environ.get("LOCAL_KERNELS", ""):  # repository=folder, a build of your own
-        return get_kernel(repo_id, revision=revision)
-    try:
-        path = install_kernel(repo_id, revision=revision, local_files_only=True)
-    except Exception:
-        if constants.HF_HUB_OFFLINE:
-            raise
-        pool, url = ThreadPool(2), f"{constants.ENDPOINT}/api/organizations/{repo_id.split('/')[0]}/overview"
-        pool.apply_async(requests.get, [url], {"timeout": 2}).get(3).raise_for_status()  # looking up a name may hang
-        print(f"downloading {repo_id}, once", flush=True)
-        utils.disable_progress_bars()
-        path = pool.apply_async(install_kernel, [repo_id], {"revision": revision}).get(60)
-    return get_local_kernel(path)
-
-
-def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
-    """Return the dtype to compute in, whether to compile, and why."""
-    compiler = any(map(shutil.which, ("gcc", "g++", "clang", "clang++")))
-    if device.type == "cuda":
-        works = compiler and has_triton()
-        return torch.bfloat16, works, "a GPU" if works else "torch.compile needs Triton and a C compiler (gcc)"
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return torch.float32, False, "this CPU has no AVX512-BF16 or AMX"
-    lack = "" if compiler else ", but torch.compile needs a C++ compiler (g++)"
-    return torch.bfloat16, compiler, f"the CPU has bf16 instructions{lack}"
-
-
-# Dense bf16 TFLOP/s with float32 sums, by a pattern for the device's name: datasheets of NVIDIA and AMD, for RTX cards
-# NVIDIA's whitepapers of the architectures (GA102, Ada, Blackwell).
-PEAK_TFLOPS = {
-    r"A100\b": 312, r"H100 PCIe": 756, r"H[12]00 NVL": 835.5, r"(G?H200|H100)\b": 989.5, r"B200\b": 2250,
-    r"A10$": 125, r"L4$": 121, r"L40S$": 362, r"RTX 3090$": 71, r"RTX 4090$": 165.2, r"RTX 5090$": 209.5,
-    r"RTX 6000 Ada": 364.2, r"RTX PRO 6000 Blackwell Max-Q": 438.9, r"RTX PRO 6000 Blackwell Workstation": 503.8,
-    r"MI250X$": 191.5, r"MI300X": 1307.4,  # an MI250X is two devices
-}  # fmt: skip
-
-
-def peak_flops(device: torch.device) -> float:
-    """The device's dense bf16 peak in FLOP/s, 0 if it is not known: no figure is better than a wrong one."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peaks = (peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}", name))
-    return 0.0 if re.search(r"MIG|-\d+[CQ]$", name) else next(peaks, 0.0)  # MIG and vGPU: a slice of a GPU
-
-
-# Clock and run --------------------------------------------------------------------------------------------------------
-
-
-ORDER = "start() begins the five minutes, stop() ends them, finish() judges: once each, in this order"
-OTHER_MEMORY = 2 * 2**30  # bytes of a GPU; a desktop takes less
-OTHER_LOAD = 0.25  # of all cores; idle ones show up to 0.05, one busy core of two 0.5 (2026-11-25)
-SUMMARY = {"val_bpb": ".6f", "training_seconds": ".1f", "total_seconds": ".1f", "peak_vram_mb": ".1f"}
-SUMMARY |= {"mfu_percent": ".2f", "total_tokens_M": ".1f", "num_steps": "d", "num_params_M": ".1f", "depth": "d"}
-
-
-@dataclass
-class Run:
-    """What train.py gets. All that changes the weights happens between start() and stop(); finish() judges them."""
-
-    corpus: Corpus
-    tokenizer: Tokenizer
-    device: torch.device
-    seed: int
-    started: float = field(default_factory=time.perf_counter)
-    began: float = 0.0  # of the five minutes
-    seconds: float = 0.0  # that they took
-    status: str = "starting"
-    weights: str = ""  # their digest at the end of the five minutes
-    summary: dict[str, str] = field(default_factory=dict)
-
-    @torch.no_grad()
-    def start(self, model: torch.nn.Module) -> None:
-        """Begin the five minutes. Raises ValueError if they were begun before, or the model has learned before them."""
-        if self.began:
-            raise ValueError(ORDER)
-        rows = torch.from_numpy(read_val_rows(self.corpus)[:8, None].astype(np.int64))  # one at a time: little memory
-        vocab = self.tokenizer.get_vocab_size()
-        with evaluating(model):
-            losses = [token_losses(model, row[:, :-1], row[:, 1:], vocab, 0) for row in rows]
-        if (loss := torch.cat(losses).mean().item()) < math.log(vocab) - 0.5:
-            seen = f"its loss is {loss:.2f} nats where a guess costs {math.log(vocab):.2f}"
-            raise ValueError(f"the model has learned before the five minutes: {seen}. Undo every step of the warm-up")
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        self.began = time.perf_counter()
-
-    def progress(self) -> float:
-        """Part of the five minutes that is used, 0 to 1, without waiting for the device."""
-        return min((time.perf_counter() - self.began) / TIME_BUDGET, 1.0)
-
-    def stop(self, model: torch.nn.Module) -> None:
-        """End the five minutes, once the device has finished. Raises ValueError if they took LATE too long."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        if not self.began or self.weights:
-            raise ValueError(ORDER)
-        self.seconds = time.perf_counter() - self.began
-        self.weights = digest_tensors([*model.parameters(), *model.buffers()])
-        if self.seconds > TIME_BUDGET + LATE:
-            seen = f"training took {self.seconds:.0f} s instead of {TIME_BUDGET}"
-            raise ValueError(f"{seen}: make steps smaller, and ask progress() before each")
-
-    def finish(self, model: torch.nn.Module, batch_size: int, steps: int, tokens: int, depth: int, mfu: float) -> None:
-        """Judge the weights of stop() and complete the summary. Its nine lines are an interface: scripts grep them."""
-        if not self.weights or self.summary:
-            raise ValueError(ORDER)
-        if digest_tensors([*model.parameters(), *model.buffers()]) != self.weights:
-            raise ValueError("parameters or buffers changed after stop(): what changes them belongs before it")
-        if (passed := time.perf_counter() - self.began - self.seconds) > LATE:
-            raise ValueError(f"finish() came {passed:.0f} s after stop(): at most {LATE} s may pass between them")
-        val_bpb = evaluate_bpb(model, self.tokenizer, batch_size)
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB on Linux
-        resident /= 2**20 if sys.platform == "darwin" else 2**10
-        peak = torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else resident
-        total, params = time.perf_counter() - self.started, sum(p.numel() for p in model.parameters())
-        figures = val_bpb, self.seconds, total, peak, mfu, tokens / 1e6, steps, params / 1e6, depth
-        self.summary = {name: format(figures[i], spec) for i, (name, spec) in enumerate(SUMMARY.items())}
-
-
-def cpu_load() -> float:
-    """The part of all CPU time, 0 to 1, that others use in half a second; 0 where Linux's /proc is not there."""
-    if not (stat := Path("/proc/stat")).exists():
-        return 0.0
-    before = np.array(stat.read_text().split()[1:9], dtype=float)  # user nice system idle iowait irq softirq steal
-    time.sleep(0.5)
-    spent = np.array(stat.read_text().split()[1:9], dtype=float) - before
-    return 1 - spent[3:5].sum() / max(spent.sum(), 1)
-
-
-@contextlib.contextmanager
-def training_run(description: str | None) -> Iterator[Run]:
-    """Parse the command line, lock the device, prepare the corpus, grant ten minutes, and record how the run ended."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_corpus_arguments(parser)
-    parser.add_argument("--seed", type=int, default=SEED, help=f"of weights and data order (default {SEED})")
-    arguments = parser.parse_args()
-    if not 0 <= arguments.seed < 2**32:
-        parser.error(f"--seed {arguments.seed}: expected a number from 0 to {2**32 - 1}")
-    source, device, cuda = (ROOT / "train.py").read_text(), get_device(), torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if cuda else f"cpu ({torch.backends.cpu.get_cpu_capability()})"
-    device_id = torch.cuda.get_device_properties(0).uuid if cuda else "cpu"
-    with locked(Path(DEVICE_LOCK % device_id), "two runs at once can't be compared; wait for it", wait=False):
-        print(f"device: {name}{'' if cuda else ', for there is no CUDA device'}", flush=True)
-        free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
-        if total - free > OTHER_MEMORY or (not cuda and cpu_load() > OTHER_LOAD):
-            print("warning: the device has other work, which may make val_bpb worse than it could be", flush=True)
-        corpus, why = choose_corpus(arguments.corpus, arguments.shards)
-        if corpus.name == "climbmix" and not cuda:
-            raise SystemExit("climbmix needs a GPU: a CPU would take hours to evaluate on it. Use --corpus python")
-        say(f"corpus: {corpus.folder or corpus.name} ({why})")
-        prepare(corpus)
-        record_ended_run(running := cache_root() / f"running-{device_id}.json")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped, as with Ctrl-C
-        for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(arguments.seed)
-        record = {"id": f"{time.time_ns()}-{os.getpid()}", "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        commit, committed = (git(*words, default="") for words in (("rev-parse", "HEAD"), ("show", "HEAD:./train.py")))
-        record |= {"repository": str(ROOT), "commit": commit, "prepare_sha256": SOURCE_SHA256}
-        digests = {"train_sha256": hashlib.sha256(source.encode()).hexdigest(), "harness": harness_fingerprint(corpus)}
-        record |= digests | {"train_committed": committed == source.strip()}
-        record |= {"command": sys.argv, "seed": arguments.seed, "device": name}
-        if past := [run for run in read_lines("runs.jsonl") if run.items() >= digests.items()]:
-            seen = (f"seed {run['seed']} {run.get('val_bpb', run['status'])} on {run['device']}" for run in past[-3:])
-            times = "once" if len(past) == 1 else f"{len(past)} times"
-            print(f"this text of train.py was run already, {times}: {', '.join(seen)}", flush=True)
-        run = Run(corpus, Tokenizer(corpus), device, arguments.seed)
-        text = {"train_source": source}  # last in its line: who reads the file sees the figures first
-        write(running, json.dumps(record | {"status": "killed"} | text))  # what remains if the run ends without a word
-        try:
-            with time_limited(running), status_line(lambda: run.status):
-                yield run
-            if not run.summary or record["harness"] != harness_fingerprint(corpus):
-                raise RuntimeError("no val_bpb: run.finish was not called, or the corpus was made anew meanwhile")
-        except BaseException as error:
-            record |= {"status": "stopped" if isinstance(error, KeyboardInterrupt) else "crash"}
-            record["traceback"] = "".join(traceback.format_exception(error)).splitlines()[-20:]
-            if isinstance(error, KeyboardInterrupt):
-                raise SystemExit(f"stopped, at: {run.status}") from None
-            if isinstance(error, SystemExit) and not error.code:
-                raise SystemExit("train.py ended without run.finish: no val_bpb") from None
-            raise
-        else:
-            record |= {name: float(value) for name, value in run.summary.items()} | {"status": "finished"}
-        finally:
-            try:
-                record["train_edited"] = train_on_disk() != source.strip()
-                write(running, json.dumps(record | text))
-                record_ended_run(running)
-            except OSError as error:  # the figures below are still worth having
-                print(f"the record could not be written to {cache_root()}: {error}", flush=True)
-        summary = run.summary | {"harness": record["harness"], "seed": run.seed} | comparison(record)
-        print("---", *(f"{name + ':':<18}{value}" for name, value in summary.items()), sep="\n", flush=True)
-        if record["train_edited"]:
-            print("train.py was edited while the run went on: the record holds the text that it began with", flush=True)
-
-
-@contextlib.contextmanager
-def time_limited(running: Path) -> Iterator[None]:
-    """End the process past RUN_LIMIT, also in a call that never returns; tracebacks go to stderr and to `running`."""
-    with running.open("a") as file:
-        faulthandler.register(signal.SIGALRM, all_threads=True)
-        signal.setitimer(signal.ITIMER_REAL, RUN_LIMIT)
-        faulthandler.dump_traceback_later(RUN_LIMIT + 1, exit=True, file=file)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-            signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def record_ended_run(running: Path) -> None:
-    """Move the record of a run that has ended to runs.jsonl; tracebacks after it were left by the limit."""
-    if running.exists():
-        line, *tracebacks = running.read_text(errors="replace").splitlines() or [""]
-        late = {"status": "timeout", "traceback": tracebacks[-20:]} if tracebacks else {}
-        try:
-            append_line("runs.jsonl", json.loads(line) | late)
-        except ValueError:
-            print(f"{running.name} held no record of a run, and is removed: {line[:60]!r}", flush=True)
-        running.unlink()
-
-
-def comparable_runs(record: dict) -> list[dict]:
-    """The finished runs of the same harness on the same kind of device."""
-    same = {"status": "finished", "harness": record["harness"], "device": record["device"]}
-    return [run for run in read_lines("runs.jsonl") if run.items() >= same.items()]
-
-
-def comparison(record: dict) -> dict[str, str]:
-    """Summary lines: the noise between seeds of one train.py, and how far this one is from the best kept.
-
-    Both are means over seeds: the noise of their difference is noise * sqrt(1 / seeds + 1 / seeds of the best).
-    """
-    figures, lines = {}, {}  # train_sha256: {seed: val_bpb}
-    for run in (*comparable_runs(record), record):  # itself too, for on a full disk it is not on record
-        figures.setdefault(run["train_sha256"], {})[run["seed"]] = run["val_bpb"]
-    means = {text: statistics.fmean(seeds.values()) for text, seeds in figures.items()}
-    several = {text: list(seeds.values()) for text, seeds in figures.items() if len(seeds) > 1}
-    noise = 0.0
-    if several:
-        squares = sum((figure - means[text]) ** 2 for text in several for figure in several[text])
-        runs = sum(map(len, several.values()))
-        noise = math.sqrt(squares / (runs - len(several)))
-        lines["noise"] = f"{noise:.6f} (pooled standard deviation, {runs} runs with several seeds)"
-    kept = [entry for entry in read_ledger(git("branch", "--show-current", default=""))[1] if entry["status"] == "keep"]
-    if kept := {entry["train_sha256"]: entry for entry in kept if entry["train_sha256"] in means}:
-        best, this = min(kept, key=lambda text: means[text]), record["train_sha256"]
-        lines["best_kept"] = f"{means[best]:.6f} ({kept[best]['commit'][:7]}, seeds: {len(figures[best])})"
-        if this != best:
-            difference = means[this] - means[best]
-            scale = noise * math.sqrt(1 / len(figures[this]) + 1 / len(figures[best]))
-            times = f"{difference / scale:+.2f} x its noise, " if scale else ""
-            lines["difference"] = f"{difference:+.6f} ({times}seeds: {len(figures[this])})"
-    return lines
-
-
-def git(*arguments: str, text: str | None = None, default: str | None = None) -> str:
-    """Output of a git command in this repository. Where it fails: `default`, else SystemExit with what git said."""
-    settings = ("-c", "core.quotepath=off", "-c", "commit.gpgSign=false")  # nobody is there to type a passphrase
-    command = ["env", "git", "-C", str(ROOT), *settings, *arguments]  # env: where git is missing it says so by status
-    result = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", errors="replace")
-    if result.returncode and default is None:
-        raise SystemExit(f"`git {' '.join(arguments[:2])}` failed: {result.stderr.strip()}")
-    return default if result.returncode else result.stdout.strip()
-
-
-def train_on_disk() -> str:
-    """The text of train.py as it is now, without white space around it; empty if it is gone."""
-    path = ROOT / "train.py"
-    return path.read_text(errors="replace").strip() if path.exists() else ""
-
-
-def append_line(name: str, record: dict) -> None:
-    """Append one line of JSON, whole, to a file in the cache folder, and flush it to disk."""
-    with (cache_root() / name).open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"  # a write was cut short
-        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-# Ledger ---------------------------------------------------------------------------------------------------------------
-
-
-LEDGER_HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
-
-
-def read_lines(name: str) -> list[dict]:
-    """Read the JSON lines of a file in the cache folder, one for each id, without those that were cut short."""
-    path, lines = cache_root() / name, {}
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            entry = json.loads(line)
-            lines[entry["id"]] = entry
-    return list(lines.values())
-
-
-def branched_from() -> str:
-    """The commit where the branch left main; empty if git knows no main."""
-    names = ["main", "master", "origin/main", "origin/master"]
-    if not git("rev-parse", "--abbrev-ref", "origin/HEAD", default="").startswith("origin/autoresearch/"):
-        names.append("origin/HEAD")  # of a clone of a checkout that is on a branch for experiments it is that branch
-    return next(filter(None, (git("merge-base", "HEAD", name, default="") for name in names)), "")
-
-
-def commit_named(name: str) -> str:
-    """The hash of a commit; empty if git has none of this name."""
-    return git("rev-parse", "-q", "--verify", f"{name}^{{commit}}", default="")
-
-
-def train_of(commit: str) -> str:
-    """The text of train.py in a commit, without white space around it; empty if it has none."""
-    return git("show", f"{commit}:./train.py", default="")
-
-
-def read_ledger(branch: str) -> tuple[list[str], list[dict]]:
-    """Return the rows that were logged on a branch, in order, and what ledger.jsonl says of them.
-
-    Rows are in the ledger that git keeps for the branch, in the log commits that name it or that main does not have (a
-    clone has only these), and in ledger.jsonl those that a call which was cut short has not brought to git. A row typed
-    in by hand is in none.
-    """
-    rows = git("show", f"refs/{branch}/ledger:./results.tsv", default="").splitlines()[1:]
-    how = ("--reverse", "--full-history", "-p", "-U0", "--text", "--no-color", "--no-ext-diff", "--format=", "-E")
-    for where in (("HEAD", "--all-match", f"--grep=^{re.escape(branch)}$"), (f"{branched_from()}..HEAD",)):
-        logs = git("log", *how, "--grep=^log (keep|discard|crash):", *where, "--", "results.tsv", default="")
-        added = (line[1:] for line in logs.splitlines() if line.startswith("+") and line.count("\t") == 4)
-        rows += [row for row in added if row != LEDGER_HEADER]
-    here = {"repository": str(ROOT), "branch": branch}
-    entries = [line for line in read_lines("ledger.jsonl") if line.get("row") in rows or line.items() >= here.items()]
-    wanted = "".join(f"{entry['commit']}\n" for entry in entries)
-    known = git("cat-file", "--batch-check=%(objectname)", text=wanted, default="").splitlines()  # or "… missing"
-    entries = [entry for entry in entries if entry["commit"] in known]
-    return list(dict.fromkeys([*rows, *(entry["row"] for entry in entries)])), entries
-
-
-def write_ledger(branch: str) -> None:
-    """Bring results.tsv to what was logged, commit it, and have git keep that commit and each row's under refs/."""
-    rows, entries = read_ledger(branch)
-    text = "\n".join([LEDGER_HEADER, *rows])
-    try:
-        keep_commits(branch, {entry["commit"][:7]: entry["commit"] for entry in entries})
-        write(ROOT / "results.tsv", text)
-        if git("show", "HEAD:./results.tsv", default="") != text:
-            _, _, _, status, description = rows[-1].split("\t")
-            git("add", "-f", "results.tsv")
-            message = f"log {status}: {description}\n\n{branch}"
-            git("commit", "-q", "--no-verify", "--cleanup=verbatim", "-m", message, "--", "results.tsv")
-    except (OSError, SystemExit) as error:
-        advice = "The row is safe: when that is mended, the same command again commits it"
-        raise SystemExit(f"results.tsv was not committed: {error}. {advice}") from None
-    keep_commits(branch, {"ledger": git("rev-parse", "HEAD")})
-
-
-def keep_commits(branch: str, commits: dict[str, str]) -> None:
-    """Have git keep commits, by name, under refs/ and the branch: no reset and no garbage collection takes them."""
-    git("update-ref", "--stdin", text="".join(f"update refs/{branch}/{name} {commits[name]}\n" for name in commits))
-
-
-def kept_last(rows: list[str]) -> str:
-    """The commit of the last row that was kept and that git has; where the branch began, if there is none."""
-    kept = [row.split("\t")[0] for row in rows if row.split("\t")[3] == "keep"]
-    return next(filter(None, map(commit_named, reversed(kept))), branched_from())
-
-
-def way_back(branch: str, kept: str) -> str:
-    """The command that takes the branch to the train.py that was kept last, with its ledger where git has both."""
-    ledger = commit_named(f"refs/{branch}/ledger")
-    return f"git reset --hard {(ledger if ledger and train_of(ledger) == train_of(kept) else kept)[:7]}"
-
-
-def commit_of(run: dict) -> str:
-    """The commit of the train.py that a run was of; one is made where there was none."""
-    if run["train_committed"]:
-        return run["commit"]
-    blob = git("hash-object", "-w", "--stdin", text=run["train_source"])
-    tree = re.sub(r"\w+(?=\ttrain\.py$)", blob, git("ls-tree", run["commit"]), flags=re.MULTILINE)
-    return git("commit-tree", git("mktree", text=tree), "-p", run["commit"], "-m", "train.py as it was run uncommitted")
-
-
-def log(status: str, description: str) -> None:
-    """Log the last run: a row of results.tsv, committed alone. Raises SystemExit with what to do if it can't.
-
-    The row is in ledger.jsonl before it is in git: a call that was cut short is completed by the next.
-    """
-    branch = experiment_branch()
-    with locked(cache_root() / "ledger.lock", "it writes a ledger", wait=True):
-        run, (rows, entries) = last_run(), read_ledger(branch)
-        if entry := entry_of(run, entries):
-            if here := entry["row"] in rows:
-                write_ledger(branch)
-            where = "" if here else f" on {entry['branch']}"
-            kept, then = kept_last(rows), 'edit train.py, `git commit -am "<idea>"`, `uv run train.py`'
-            if kept and git("merge-base", "--is-ancestor", kept, "HEAD", default="no"):
-                then = f"the branch lacks what was kept last: `{way_back(branch, kept)}`"
-            if not rows:
-                then = "the baseline, `uv run train.py`"
-            raise SystemExit(f"nothing to log: the last run has its row{where}, {entry['row']!r}. Next: {then}")
-        refuse_row(run, status, branch, rows, entries)
-        commit = git("rev-parse", "HEAD") if status == "keep" else commit_of(run)
-        bpb, memory = 0.0, 0.0
-        if status != "crash":
-            seeds = seeds_of(run)
-            shown = next((other for other in seeds if other["seed"] == SEED), seeds[0])
-            bpb, memory = shown["val_bpb"], shown["peak_vram_mb"] / 1024
-            description += "" if shown["seed"] == SEED else f" (seed {shown['seed']})"
-        row = f"{commit[:7]}\t{bpb:.6f}\t{memory:.1f}\t{status}\t{description}"
-        if row in rows:
-            raise SystemExit(f"the ledger has this very row: say in its description what was different. {row!r}")
-        entry = {"id": f"{branch} {run['id']}", "run": run["id"], "repository": str(ROOT), "branch": branch}
-        entry |= {"commit": commit, "status": status, "row": row}
-        entry |= {name: run[name] for name in ("train_sha256", "harness", "device")}
-        append_line("ledger.jsonl", entry)
-        write_ledger(branch)
-        if status == "keep" and rows and len({other["seed"] for other in seeds_of(run)}) < 3:
-            print("kept on fewer than three seeds: by one alone the luckiest of many ideas looks good")
-        print(row)
-
-
-def show_ledger() -> None:
-    """Print the last rows of this branch, and whether the last run has one: where the loop stands."""
-    rows, entries = read_ledger(experiment_branch())
-    print(LEDGER_HEADER, *rows[-20:], f"--- {len(rows)} rows{', the last 20 of them' * (len(rows) > 20)}", sep="\n")
-    try:
-        run = last_run()
-    except SystemExit as none:
-        return print(none)
-    seen = {"last run": f"{run['status']}, seed {run['seed']}, of {run['commit'][:7]}, begun {run['time']}"}
-    if run["status"] == "finished":
-        seen |= {"val_bpb": f"{run['val_bpb']:.6f}"} | comparison(run)
-    seen["its row"] = "none yet: log it, or run what else it needs"
-    if entry := entry_of(run, entries):
-        seen["its row"] = entry["row"] + f" (on {entry['branch']})" * (entry["row"] not in rows)
-    seen["all runs"] = str(cache_root() / "runs.jsonl")
-    if not rows:
-        seen["next"] = '`uv run train.py`, the baseline, and `uv run prepare.py log keep "baseline"`'
-    print(*(f"{name + ':':<18}{value}" for name, value in seen.items()), sep="\n")
-
-
-def experiment_branch() -> str:
-    """The branch that is checked out. Raises SystemExit if it is not one for experiments."""
-    branch, start = git("branch", "--show-current"), "`git checkout -b autoresearch/<tag> main`"
-    if folder := git("rev-parse", "--show-prefix"):
-        raise SystemExit(f"{folder} is a folder of another repository: autoresearch needs one of its own, a clone")
-    if not branch:
-        raise SystemExit(f"no branch is checked out: `git checkout autoresearch/<tag>`, or for a new one {start}")
-    if not branch.startswith("autoresearch/"):
-        raise SystemExit(f"on {branch} nothing is logged, but on a branch of its own: {start}")
-    return branch
-
-
-def entry_of(run: dict, entries: list[dict]) -> dict | None:
-    """What was logged of a run, or of its train.py where that was kept: more seeds of it get no other row."""
-    same = {"status": "keep", "train_sha256": run["train_sha256"]}
-    kept = [entry for entry in entries if entry.items() >= same.items()]
-    return next((line for line in read_lines("ledger.jsonl") if line.get("run") == run["id"]), next(iter(kept), None))
-
-
-def last_run() -> dict:
-    """The record of this repository's last run. Raises SystemExit if there is none, or it goes on."""
-    for running in cache_root().glob("running-*.json"):
-        with contextlib.suppress(SystemExit), locked(Path(DEVICE_LOCK % running.stem[8:]), "", wait=False):
-            record_ended_run(running)  # of a run that ended without a word
-        if running.exists() and json.loads(running.read_text().splitlines()[0])["repository"] == str(ROOT):
-            raise SystemExit("a run of this repository is still going on: log it when it has printed its summary")
-    runs = [run for run in read_lines("runs.jsonl") if run.get("repository") == str(ROOT)]
-    if not runs or not commit_named(runs[-1]["commit"]):  # or they are of a clone that was here before
-        raise SystemExit("nothing to log: no run of this repository is on record. The first one: `uv run train.py`")
-    return runs[-1]
-
-
-def seeds_of(run: dict) -> list[dict]:
-    """The finished runs that compare with a run and have its train.py, the newest first."""
-    return [other for other in comparable_runs(run)[::-1] if other["train_sha256"] == run["train_sha256"]]
-
-
-def refuse_row(run: dict, status: str, branch: str, rows: list[str], entries: list[dict]) -> None:
-    """Raise SystemExit, with what to do, if a run can't have a row of this status in the ledger of the branch."""
-    if not (base := branched_from()):
-        raise SystemExit("git knows no main to compare with: `git branch main <the commit where your work began>`")
-    tried, seeds, others = run["train_source"].strip(), seeds_of(run), ("--", ".", ":!results.tsv", ":!train.py")
-    there = train_of("HEAD") == tried
-    get_back = "" if there or status == "crash" else f"`git reset --hard {commit_of(run)[:7]}`, "
-    if status == "crash" and (own := [other for other in seeds if other["repository"] == str(ROOT)]):
-        advice = '`uv run prepare.py log discard "…"`, or keep'
-        raise SystemExit(f"this train.py has a figure, val_bpb {own[0]['val_bpb']:.6f}: {advice}")
-    if status != "crash" and not seeds:
-        advice = '`uv run prepare.py log crash "…"`'
-        if run["status"] in ("killed", "stopped"):
-            seed = "" if run["seed"] == SEED else f" --seed {run['seed']}"
-            advice = f"{get_back}`uv run train.py{seed}` runs it again; if the idea was at fault, log crash"
-        raise SystemExit(f"the last run has no val_bpb ({run['status']}): {advice}")
-    if status != "keep":
-        kept = kept_last(rows)
-        if train_of("HEAD") != train_of(kept) or train_on_disk() == tried != train_of(kept):
-            seen = git("log", "-1", "--format=%h %s", "--", ".", ":!results.tsv")
-            advice = f"`{way_back(branch, kept)}` takes it there. Then log again"
-            raise SystemExit(f"train.py is that of {seen!r} or later, not what was kept last: {advice}")
-    committed = git("diff", "--name-only", base, "HEAD", *others).splitlines()
-    if changed := sorted({*committed, *git("diff", "--name-only", base, *others).splitlines()}):
-        amend = "`git commit -a --amend --no-edit --allow-empty`, " if committed else ""
-        undo = f"`git restore -s {base[:7]} -SW {shlex.join(changed)}`, {amend}"
-        raise SystemExit(f"only train.py may change, but {', '.join(changed)} did, too: {undo}and log again")
-    if git("hash-object", "prepare.py") != git("rev-parse", f"{base}:./prepare.py"):
-        flags = ("--no-skip-worktree", "--no-assume-unchanged")
-        shown = ", ".join(f"`git update-index {flag} prepare.py`" for flag in flags)
-        raise SystemExit(f"prepare.py is not that of {base[:7]}, and git was told to hide it: {shown}, and log again")
-    if modules := git("ls-files", "--others", "--exclude-standard", "--", "*.py").splitlines():
-        raise SystemExit(f"{', '.join(modules)}: no commit has it, so the run can't be repeated. Move it into train.py")
-    if run.get("prepare_sha256") != SOURCE_SHA256:
-        raise SystemExit("the last run was judged by another prepare.py and does not compare: `uv run train.py`")
-    before = next((entry for entry in entries[::-1] if entry["status"] == "keep" and "harness" in entry), run)
-    judges = [f"{judged['harness']} on {judged['device']}" for judged in (run, before)]
-    if status != "crash" and judges[0] != judges[1]:
-        seen = f"the last run is of harness {judges[0]}, what was kept of {judges[1]}: they do not compare"
-        advice = "Run it there, `uv run train.py`, or begin a new branch, `git checkout -b autoresearch/<tag> main`"
-        raise SystemExit(f"{seen}. {advice}")
-    if status == "keep":
-        if not there:
-            advice = f"is not that of HEAD, but of its commit: {get_back}and log again"
-            if train_on_disk() == tried:
-                advice = 'is not committed: `git commit -am "<idea>"`, and log again'
-            raise SystemExit(f"the train.py of the last run {advice}")
-        if not any(other["seed"] == SEED for other in seeds):
-            raise SystemExit(f"a row needs the run with seed {SEED}, by which all are compared: `uv run train.py`")
-
-
-# Commands -------------------------------------------------------------------------------------------------------------
-
-
-def check(corpus: Corpus) -> None:
-    """Verify everything on disk. Raises SystemExit with what is wrong, and the command that mends it."""
-    manifest, now = read_manifest(corpus.directory), made_from(corpus, find_sources(corpus))
-    if others := [what for what in now if manifest["files"] and manifest["made_from"].get(what) != now[what]]:
-        what = " and of another ".join(others)
-        raise SystemExit(f"{corpus.directory} is of another {what}. `{corpus.command}` makes it again")
-    tokens = {name: entry["last"] for name, entry in manifest["files"].items() if name.endswith(".tokens")}
-    number = corpus.num_shards or len(tokens) + (True not in tokens.values())  # the last is written at the end
-    names = ["tokenizer.json", "val_rows.bin", *(f"train_{i:05d}.tokens" for i in range(number))]
-    names = dict.fromkeys([*shard_names(corpus), *names, *manifest["files"]])
-    with status_line(lambda: "reading what is prepared"):
-        problems = damaged(corpus, names)
-    if problems:
-        raise SystemExit("\n".join(problems.values()))
-    token_files(corpus)
-
-
-def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --corpus and --shards."""
-    default = "$AUTORESEARCH_CORPUS, else climbmix with CUDA, python without"
-    parser.add_argument("--corpus", metavar="NAME", help=f"climbmix, python or a folder of text (default: {default})")
-    parser.add_argument("--shards", metavar="N", type=int, help="of climbmix, to train on (default 10, -1: all)")
+# Main -------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_corpus_arguments(parser)
-    usage = 'nothing to prepare, check, log, or log keep|discard|crash "what was tried"'
-    parser.add_argument("command", nargs="*", help=usage)
-    logs = sys.argv[1:2] == ["log"] and len(sys.argv) > 3 and sys.argv[3] not in ("-h", "--help")
-    arguments = parser.parse_args(["--"] * logs + sys.argv[1:])  # what was tried may begin with a dash
-    words, what = arguments.command, " ".join(" ".join(arguments.command[2:]).split())
-    what = "".join(character for character in what if character.isprintable())
-    if words[:1] == ["log"] and words[1:2] in (["keep"], ["discard"], ["crash"]) and what:
-        try:
-            return log(words[1], what)
-        except OSError as error:
-            advice = "Free some space, then log again"
-            raise SystemExit(f"nothing was logged, {cache_root()} can't be written: {error}. {advice}") from None
-    if words == ["log"]:
-        return show_ledger()
-    if words not in ([], ["check"]):
-        parser.error(f"{' '.join(words)}: expected {usage}")
-    corpus, why = choose_corpus(arguments.corpus, arguments.shards)
-    say(f"corpus: {corpus.folder or corpus.name} ({why})")
-    if arguments.command:
-        with explained(corpus):
-            check(corpus)
-    else:
+    """Prepare a corpus, or check one."""
+    arguments = parse_arguments()
+    corpus = choose_corpus(arguments.corpus, arguments.shards)
+    if not arguments.command:
         prepare(corpus, thorough=True)
-    size = sum(entry["size"] for entry in read_manifest(corpus.directory)["files"].values())
-    print(f"ready: {size / 1e6:.1f} MB in {corpus.directory}\nharness: {harness_fingerprint(corpus)}")
+    elif damaged := find_damaged(corpus, thorough=True):
+        seen = f"missing or damaged in {corpus.directory}: {', '.join(damaged)}"
+        raise SystemExit(f"{seen}. `{corpus.command}` makes them again")
+    size = sum((corpus.directory / name).stat().st_size for name in file_names(corpus))
+    print(f"ready: {size / 1e6:.1f} MB in {corpus.directory}\nharness: {harness_digest(corpus)}")
 
 
 if __name__ == "__main__":

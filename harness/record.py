@@ -1,0 +1,282 @@
+"""A folder for every run, and which runs compare. Locked, and free of torch, which takes seconds.
+
+runs/<id>/train.py       the file as it ran; its process holds a lock on it
+runs/<id>/run.json       when, what, on what device, how it ended, and its row in the ledger
+runs/<id>/traceback.txt  what it did when its time was up
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tokenize
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TextIO
+
+from filelock import FileLock, Timeout
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED = 42  # of every experiment; other seeds only confirm one
+
+JUDGE = ("prepare.py", "harness/run.py")  # what decides a val_bpb
+LOCKED = (
+    *JUDGE,
+    "harness/__init__.py",
+    "harness/record.py",
+    "harness/ledger.py",
+    "harness/audit.py",
+)
+
+# Files ------------------------------------------------------------------------------------------
+
+
+def cache_root() -> Path:
+    """Return $AUTORESEARCH_CACHE, else $XDG_CACHE_HOME/autoresearch, else ~/.cache/autoresearch."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    chosen = os.environ.get("AUTORESEARCH_CACHE") or f"{home}/autoresearch"
+    return Path(chosen).expanduser().resolve()
+
+
+def digest(*parts: object) -> str:
+    """Return the sha256, in hex, of the JSON of the parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file so that it is whole or not there, whatever happens."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def write_pid(file: int) -> None:
+    """Write this process's id into an open lock file."""
+    os.pwrite(file, b"%-10d" % os.getpid(), 0)
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, advice: str, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file that names its holder; the system releases it when the process ends.
+
+    Raises SystemExit with the holder's pid if another process has it and `wait` is false.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, mode=0o666, on_acquired=write_pid)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        message = f"{path} is held by process {path.read_text().strip()}: {advice}"
+        if not wait:
+            raise SystemExit(message) from None
+        print(message, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def strip_comments(source: str) -> str:
+    """Return Python source without its comments and blank lines, the same under every Python."""
+    lines = source.split("\n")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def judge_digest() -> str:
+    """Return the digest of the source that decides a val_bpb."""
+    return digest([strip_comments((ROOT / name).read_text("utf-8")) for name in JUDGE])
+
+
+def git(*arguments: str, default: str | None = None) -> str:
+    """Return what a git command prints here. If it fails: `default`, else SystemExit with why."""
+    settings = (
+        "-c",
+        "core.quotepath=off",
+        "-c",
+        "commit.gpgSign=false",
+    )  # nobody types passphrases
+    command = ["env", "git", "-C", str(ROOT), *settings, *arguments]  # env: no git is a status too
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    if result.returncode and default is None:
+        raise SystemExit(f"`git {' '.join(arguments[:2])}` failed: {result.stderr.strip()}")
+    return default if result.returncode else result.stdout.strip()
+
+
+# Runs -------------------------------------------------------------------------------------------
+
+
+def new_id() -> str:
+    """Return a name for a run; names sort by time."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{os.getpid()}"
+
+
+def folder_of(run: dict) -> Path:
+    """Return the folder of a run."""
+    return cache_root() / "runs" / run["id"]
+
+
+def create_run(run: dict, source: bytes) -> BinaryIO:
+    """Make the folder of a run by one rename. The file that is returned is open while it runs."""
+    folder = folder_of(run)
+    part = folder.with_name(f"part-{folder.name}")
+    part.mkdir(parents=True)
+    (part / "train.py").write_bytes(source)
+    (part / "traceback.txt").touch()
+    file = (part / "train.py").open("r+b")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    (part / "run.json").write_text(json.dumps(run, indent=1))
+    os.replace(part, folder)
+    return file
+
+
+def open_traceback(run: dict) -> TextIO:
+    """Open the file that the time limit writes into."""
+    return (folder_of(run) / "traceback.txt").open("w")
+
+
+def write_run(run: dict) -> None:
+    """Replace the record of a run."""
+    write_file(folder_of(run) / "run.json", json.dumps(run, indent=1))
+
+
+def is_running(folder: Path) -> bool:
+    """Return whether the process of a run lives: then it holds the lock on train.py."""
+    with (folder / "train.py").open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def read_run(folder: Path) -> dict:
+    """Return the record of a run; one that ended without a word was killed, or ran out of time."""
+    run = json.loads((folder / "run.json").read_text())
+    if run["status"] == "running" and not is_running(folder):
+        run = json.loads((folder / "run.json").read_text())  # it may have ended in between
+        if run["status"] == "running":
+            lines = (folder / "traceback.txt").read_text(errors="replace").splitlines()
+            run |= {"status": "timeout" if lines else "killed", "traceback": lines[-20:]}
+    return run
+
+
+def read_runs() -> list[dict]:
+    """Return the records of all runs, the oldest first."""
+    runs = []
+    for path in sorted(cache_root().glob("runs/[0-9]*/run.json")):
+        try:
+            runs.append(read_run(path.parent))
+        except (OSError, ValueError, KeyError) as error:
+            print(f"{path} can't be read and is passed over: {error!r}", file=sys.stderr)
+    return runs
+
+
+def own_runs(runs: list[dict]) -> list[dict]:
+    """Return the runs of this folder: another worktree or clone has its own."""
+    return [run for run in runs if run["repository"] == str(ROOT)]
+
+
+def print_runs(runs: list[dict]) -> None:
+    """Print a table of runs, the newest last."""
+    line = "{:<17}{:<9}{:>5}  {:<9}{:>9}{:>7}  {}"
+    print(line.format("begun (UTC)", "commit", "seed", "status", "val_bpb", "steps", "row"))
+    for run in runs:
+        value = f"{run['val_bpb']:.6f}" if "val_bpb" in run else ""
+        commit = run["commit"][:7] + "*" * (not run["train_committed"])
+        row = " ".join(run["log"]["row"].split("\t")[3:]) if "log" in run else ""
+        begun, steps = run["time"][:16].replace("T", " "), f"{run.get('num_steps', 0):.0f}"
+        print(line.format(begun, commit, run["seed"], run["status"], value, steps, row))
+    print(f"{len(runs)} runs (* not committed): each has a folder in {cache_root() / 'runs'}")
+
+
+# Comparison -------------------------------------------------------------------------------------
+
+
+class Value(NamedTuple):
+    """What a version of train.py is worth."""
+
+    mean: float  # val_bpb over its seeds
+    seeds: int
+
+
+def comparable(run: dict, other: dict) -> bool:
+    """Return whether the val_bpb of two runs compare."""
+    same = all(run[name] == other[name] for name in ("harness", "device"))
+    return same and other["status"] == "finished"
+
+
+def group_by_version(runs: list[dict]) -> dict[str, dict[int, float]]:
+    """Return {train_sha256: {seed: val_bpb}}; of several runs of one seed the mean counts."""
+    values = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        values[run["train_sha256"]][run["seed"]].append(run["val_bpb"])
+    mean = statistics.fmean
+    return {key: {seed: mean(v) for seed, v in seeds.items()} for key, seeds in values.items()}
+
+
+def average(runs: list[dict]) -> dict[str, Value]:
+    """Return {train_sha256: Value} of finished runs."""
+    versions = group_by_version(runs).items()
+    return {key: Value(statistics.fmean(seeds.values()), len(seeds)) for key, seeds in versions}
+
+
+def estimate_noise(runs: list[dict]) -> float:
+    """Return the standard deviation between seeds, pooled over versions with several; 0 if none."""
+    several = [list(seeds.values()) for seeds in group_by_version(runs).values() if len(seeds) > 1]
+    squares = sum(statistics.variance(values) * (len(values) - 1) for values in several)
+    freedom = sum(len(values) - 1 for values in several)
+    return math.sqrt(squares / freedom) if freedom else 0.0
+
+
+def noise_of_difference(noise: float, one: Value, other: Value) -> float:
+    """Return the standard deviation of the difference of two means."""
+    return noise * math.sqrt(1 / one.seeds + 1 / other.seeds)
+
+
+def describe_value(run: dict, runs: list[dict], branch: str) -> dict[str, str]:
+    """Return the summary's lines that help to decide: noise, best kept, difference to it.
+
+    The noise is that of all runs that compare; values are those of this folder's own runs.
+    """
+    alike = [other for other in runs if comparable(run, other) and other["id"] != run["id"]]
+    alike, this, kept, lines = [*alike, run], run["train_sha256"], {}, {}
+    values = average(own_runs(alike))
+    for other in own_runs(runs):
+        entry, version = other.get("log", {}), other["train_sha256"]
+        is_kept = (entry.get("branch"), entry.get("status")) == (branch, "keep")
+        if is_kept and version in values:
+            kept[version] = entry["commit"][:7]
+    if noise := estimate_noise(alike):
+        lines["noise"] = f"{noise:.6f} (standard deviation between seeds)"
+    if not kept:
+        return lines
+    best = min(kept, key=values.get)
+    lines["best_kept"] = f"{values[best].mean:.6f} ({kept[best]}, seeds: {values[best].seeds})"
+    if this != best:
+        difference = values[this].mean - values[best].mean
+        scale = noise_of_difference(noise, values[this], values[best])
+        times = f"{difference / scale:+.2f} x its noise, " if scale else ""
+        lines["difference"] = f"{difference:+.6f} ({times}seeds: {values[this].seeds})"
+    return lines

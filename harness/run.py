@@ -1,0 +1,270 @@
+"""The clock and the run: what decides how long a model trains, and what is judged. Locked."""
+
+import argparse
+import contextlib
+import faulthandler
+import hashlib
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+from torch import nn
+
+import prepare
+from harness import record
+from harness.record import ROOT, SEED
+from prepare import TIME_BUDGET
+
+GRACE_SECONDS = 15  # that the last step may take beyond the budget, and finish() after stop()
+RUN_LIMIT = 600  # seconds until a run ends itself; its evaluation has as many again
+DEVICE_LOCK = "/tmp/autoresearch-%s.lock"  # shared by all users and cache folders of a machine
+
+# Clock ------------------------------------------------------------------------------------------
+
+
+def limit_time(file: TextIO) -> None:
+    """End the process RUN_LIMIT seconds from now, even in a call that never returns."""
+    faulthandler.register(signal.SIGALRM, all_threads=True)  # tracebacks to stderr,
+    signal.setitimer(signal.ITIMER_REAL, RUN_LIMIT)
+    faulthandler.dump_traceback_later(RUN_LIMIT + 1, exit=True, file=file)  # and into the record
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most bytes that were allocated on a GPU; on a CPU the most that were resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024)  # there they are bytes
+
+
+@dataclass
+class Run:
+    """What train.py gets: start(), then what changes the weights, then stop(), then finish()."""
+
+    corpus: prepare.Corpus
+    tokenizer: prepare.Tokenizer
+    device: torch.device
+    seed: int
+    traceback_file: TextIO
+    launched: float = field(default_factory=time.perf_counter)
+    started: float = 0.0
+    seconds: float = 0.0  # of training
+    status: str = "starting"  # shown while the run lasts
+    weights: str = ""  # their digest at the end of training
+    summary: dict[str, str] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def start(self, model: nn.Module) -> None:
+        """Start the budget. Raises ValueError if the model has learned before."""
+        self.require_order(not self.started)
+        vocab_size, losses = self.tokenizer.get_vocab_size(), []
+        rows = torch.from_numpy(prepare.read_val_rows(self.corpus)[:8].astype(np.int64))
+        with prepare.evaluating(model):
+            for row in rows:  # one at a time takes little memory
+                x, y = row[None, :-1], row[None, 1:]
+                losses.append(prepare.compute_losses(model, x, y, vocab_size, 0).mean())
+        loss, uniform = torch.stack(losses).mean().item(), math.log(vocab_size)
+        if loss < uniform - 0.5:
+            seen = f"its loss is {loss:.2f} nats, that of an untrained one {uniform:.2f}"
+            raise ValueError(f"the model has learned before start(): {seen}. Undo the warm-up")
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.started = time.perf_counter()
+
+    def progress(self) -> float:
+        """Return the part of the budget that is used, 0 to 1, without waiting for the device."""
+        return min((time.perf_counter() - self.started) / TIME_BUDGET, 1.0)
+
+    def stop(self, model: nn.Module) -> None:
+        """End the training. Raises ValueError if it took longer than the budget allows."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.require_order(self.started > 0 and not self.weights)
+        self.seconds = time.perf_counter() - self.started
+        self.weights = digest_weights(model)
+        if self.seconds > TIME_BUDGET + GRACE_SECONDS:
+            seen = f"training took {self.seconds:.0f} s instead of {TIME_BUDGET}"
+            raise ValueError(f"{seen}: make steps smaller, and ask progress() before each")
+        limit_time(self.traceback_file)  # the evaluation has a limit of its own
+
+    def finish(
+        self, model: nn.Module, batch_size: int, steps: int, tokens: int, depth: int, mfu: float
+    ) -> None:
+        """Judge the weights of stop(), complete the summary that scripts grep. mfu: per cent."""
+        self.require_order(self.weights != "" and not self.summary)
+        waited = time.perf_counter() - self.started - self.seconds
+        if waited > GRACE_SECONDS:
+            raise ValueError(f"finish() came {waited:.0f} s after stop(): at most {GRACE_SECONDS}")
+        self.require_weights(model)
+        val_bpb = prepare.evaluate_bpb(model, self.tokenizer, batch_size)
+        self.require_weights(model)
+        self.summary = {
+            "val_bpb": f"{val_bpb:.6f}",
+            "training_seconds": f"{self.seconds:.1f}",
+            "total_seconds": f"{time.perf_counter() - self.launched:.1f}",
+            "peak_vram_mb": f"{peak_memory(self.device) / 2**20:.1f}",
+            "mfu_percent": f"{mfu:.2f}",
+            "total_tokens_M": f"{tokens / 1e6:.1f}",
+            "num_steps": f"{steps}",
+            "num_params_M": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}",
+            "depth": f"{depth}",
+        }
+
+    def require_order(self, is_so: bool) -> None:
+        """Raise ValueError if calls come out of order."""
+        if not is_so:
+            raise ValueError("call start(), stop() and finish() once each, in this order")
+
+    def require_weights(self, model: nn.Module) -> None:
+        """Raise ValueError if the weights are not those of stop()."""
+        if digest_weights(model) != self.weights:
+            raise ValueError(
+                "parameters or buffers changed after stop(): only training may do that"
+            )
+
+
+def digest_weights(model: nn.Module) -> str:
+    """Return a digest of all bits of a model's parameters and buffers."""
+    return prepare.digest_tensors([*model.parameters(), *model.buffers()])
+
+
+# Run --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def show_status(status: Callable[[], str]) -> Iterator[None]:
+    """Show a line while the block runs: live on a terminal, elsewhere twice a minute."""
+    done, start, live = threading.Event(), time.perf_counter(), sys.stdout.isatty()
+    clear = "\r\033[K" if live else ""
+
+    def show() -> None:
+        while not done.wait(0.2 if live else 30):
+            line = f"{status()} ({time.perf_counter() - start:.0f} s)"
+            width = shutil.get_terminal_size().columns - 1 if live else None
+            print(clear + line[:width], end="" if live else "\n", flush=True)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        print(clear, end="", flush=True)
+
+
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """Parse the command line of train.py."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    prepare.add_corpus_arguments(parser)
+    parser.add_argument("--seed", metavar="N", type=int, default=SEED, help=f"default: {SEED}")
+    arguments = parser.parse_args()
+    if not 0 <= arguments.seed < 2**32:
+        parser.error(f"--seed {arguments.seed}: expected a number from 0 to {2**32 - 1}")
+    return arguments
+
+
+def name_device(device: torch.device) -> tuple[str, str]:
+    """Return the name that runs compare by, and an id that no other device of this machine has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(), str(torch.cuda.get_device_properties(0).uuid)
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})", "cpu"
+
+
+def new_record(corpus: prepare.Corpus, device: str, seed: int, source: bytes) -> dict:
+    """Return the record of a run that begins now."""
+    head = record.git("rev-parse", "HEAD", default="")
+    in_head = record.git("show", "HEAD:./train.py", default="")
+    committed = in_head == source.decode(errors="replace").strip()
+    snapshot = "" if committed else record.git("stash", "create", default="")  # on no branch
+    return {
+        "id": record.new_id(),
+        "status": "running",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "repository": str(ROOT),
+        "commit": snapshot or head,
+        "train_committed": committed,
+        "train_sha256": hashlib.sha256(source).hexdigest(),
+        "judge": record.judge_digest(),
+        "harness": prepare.harness_digest(corpus),
+        "seed": seed,
+        "device": device,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "command": sys.argv,
+    }
+
+
+@contextlib.contextmanager
+def keep_record(entry: dict, run: Run) -> Iterator[None]:
+    """Record how the block ends."""
+    try:
+        yield
+        if not run.summary or entry["harness"] != prepare.harness_digest(run.corpus):
+            raise SystemExit("no val_bpb: run.finish() was not called, or the tokens were changed")
+        entry |= {name: float(value) for name, value in run.summary.items()}
+        entry["status"] = "finished"
+    except BaseException as error:
+        entry["status"] = "stopped" if isinstance(error, KeyboardInterrupt) else "crash"
+        entry["traceback"] = "".join(traceback.format_exception(error)).splitlines()[-20:]
+        if entry["status"] == "stopped":
+            raise SystemExit(f"stopped while {run.status}") from None
+        raise
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            record.write_run(entry)
+        except OSError as error:  # the summary is still worth having
+            print(f"the run's record could not be written: {error}", flush=True)
+
+
+@contextlib.contextmanager
+def training_run(description: str | None) -> Iterator[Run]:
+    """Parse the command line, lock the device, prepare the corpus; record and sum up the run.
+
+    The block has RUN_LIMIT seconds until stop(), and as many after it.
+    """
+    arguments, source = parse_arguments(description), (ROOT / "train.py").read_bytes()
+    device = prepare.get_device()
+    name, device_id = name_device(device)
+    advice = "two runs at once can't be compared; wait for it"
+    with record.file_lock(Path(DEVICE_LOCK % device_id), advice, wait=False):
+        print(
+            f"device: {name}{', as there is no CUDA device' * (device.type == 'cpu')}", flush=True
+        )
+        corpus = prepare.choose_corpus(arguments.corpus, arguments.shards)
+        if corpus.name == "climbmix" and device.type == "cpu":
+            raise SystemExit("climbmix takes a CPU hours to evaluate. Use --corpus python")
+        prepare.prepare(corpus)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
+        for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+            set_seed(arguments.seed)
+        entry = new_record(corpus, name, arguments.seed, source)
+        with record.create_run(entry, source), record.open_traceback(entry) as file:
+            run = Run(corpus, prepare.Tokenizer(corpus), device, arguments.seed, file)
+            limit_time(file)
+            with keep_record(entry, run), show_status(lambda: run.status):
+                yield run
+    branch = record.git("branch", "--show-current", default="")
+    lines = run.summary | {"harness": entry["harness"], "seed": str(run.seed)}
+    lines |= record.describe_value(entry, record.read_runs(), branch)
+    print(
+        "---", *(f"{name + ':':<18}{value}" for name, value in lines.items()), sep="\n", flush=True
+    )
