@@ -9,16 +9,16 @@ uv run prepare.py runs                 list the runs of this folder (--all: of e
 uv run prepare.py audit                say what does not fit together in the ledger
 """
 
-import argparse
 import json
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 
 from harness import audit, ledger, record
 
 # Ledger, runs and audit -------------------------------------------------------------------------
 
 
-def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
+def add_corpus_arguments(parser: ArgumentParser) -> None:
     """Add --corpus and --shards."""
     default = "$AUTORESEARCH_CORPUS, else climbmix with CUDA, python without"
     corpus_help = f"climbmix, python or a folder of text (default: {default})"
@@ -27,18 +27,18 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", metavar="N", type=int, help=shards_help)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> Namespace:
     """Parse the command line."""
-    raw, commands = argparse.RawDescriptionHelpFormatter, ["check", "log", "runs", "audit"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    commands = ["check", "log", "runs", "audit"]
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", choices=commands, help="default: prepare a corpus")
     parser.add_argument("words", nargs="*", help="log: keep|discard|crash WHAT; audit: ledgers")
     add_corpus_arguments(parser)
     parser.add_argument("--all", action="store_true", help="of runs: those of every folder")
     parser.add_argument("--json", action="store_true", help="of runs: whole records, for programs")
     arguments = parser.parse_args()
-    if arguments.words and arguments.command not in ("log", "audit"):
-        parser.error(f"{arguments.command} takes no {arguments.words[0]!r}")
+    if arguments.words and arguments.command in ("check", "runs"):
+        parser.error(f"unexpected: {arguments.words}")
     return arguments
 
 
@@ -125,7 +125,7 @@ class Corpus:
     @functools.cached_property
     def directory(self) -> Path:
         """The folder of its tokens; another for other settings, text, or code that makes them."""
-        stem = re.sub(r"\W", "_", Path(self.folder).name) if self.folder else self.name
+        stem = re.sub(r"\W", "_", Path(self.folder or self.name).name)
         return cache_root() / "tokens" / f"{stem}-{tokens_key(self)[:12]}"
 
 
@@ -319,7 +319,7 @@ def read_jsonl(path: Path) -> Iterator[str]:
             try:
                 text = json.loads(line)["text"] if line.strip() else ""
                 yield text.encode("utf-8", "replace").decode()
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 seen = f'{path}:{number}: expected a JSON object with a string under "text"'
                 raise SystemExit(f"{seen}, not {line[:40]!r}") from None
 
@@ -387,13 +387,14 @@ SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]
 BOS = SPECIAL_TOKENS[0]
 
 
-def encode_text(encoding: tiktoken.Encoding, text: str) -> list[np.ndarray]:
-    """Return ids, uint32, of a text's pieces: a million spaces are too many for the split pattern.
+def encode_text(encoding: tiktoken.Encoding, text: str, bos: Iterable[int] = ()) -> np.ndarray:
+    """Return ids, uint16 (tokens,), `bos` first; special tokens in the text are plain text.
 
-    Special tokens in it are plain text.
+    It is cut into pieces, as a million spaces are too many for the split pattern.
     """
     pieces = re.findall("(?s).{1,65536}", text)
-    return [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+    ids = [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+    return np.concatenate([bos, *ids]).astype(np.uint16)
 
 
 def build_encoding(saved: bytes) -> tiktoken.Encoding:
@@ -429,7 +430,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Encode a text; special tokens in it are plain text."""
-        return [i for ids in encode_text(self.encoding, text) for i in ids.tolist()]
+        return encode_text(self.encoding, text).tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids."""
@@ -586,17 +587,14 @@ def make_file(corpus: Corpus, name: str) -> Iterator[Path | None]:
 
 
 def document_hash(text: str) -> bytes:
-    """Return 16 bytes that stand for a document."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    """Return what stands for a document where many are remembered."""
+    return hashlib.sha256(text.encode()).digest()
 
 
 def encode_documents(texts: Iterator[str], encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
     """Yield the ids of each document, BOS first, uint16 (tokens,); on all cores."""
     bos = [encoding.encode_single_token(BOS)]
-
-    def encode(text: str) -> np.ndarray:
-        return np.concatenate([bos, *encode_text(encoding, text)]).astype(np.uint16)
-
+    encode = functools.partial(encode_text, encoding, bos=bos)
     with ThreadPoolExecutor() as pool:
         while batch := list(itertools.islice(texts, 2**12)):
             yield from pool.map(encode, batch)
@@ -634,7 +632,7 @@ def harness_digest(corpus: Corpus) -> str:
     files = read_manifest(corpus)
     made = [files[name]["sha256"] for name in ("tokenizer.json", "val_rows.bin")]
     settings = (corpus.name, corpus.vocab_size, corpus.seq_len, corpus.num_shards)
-    return digest(record.judge_digest(), settings, made)[:12]
+    return digest(record.judge_sources(), settings, made)[:12]
 
 
 # Dataloader -------------------------------------------------------------------------------------
@@ -729,9 +727,7 @@ def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> flo
     `model(x)` gets ids, int64 (B, T), never targets, and returns logits (B, T, vocab). A batch that
     does not fit memory is halved. Raises ValueError for a model that can't be judged.
     """
-    tokens = Tokenizer(tokenizer.corpus).tokens()
-    if tokenizer.tokens() != tokens:
-        raise ValueError("the tokenizer is not the one that the validation rows were made with")
+    tokens = Tokenizer(tokenizer.corpus).tokens()  # not those that the caller may have changed
     rows, val_bpb = read_val_rows(tokenizer.corpus), None
     with evaluating(model):
         while val_bpb is None:
@@ -746,14 +742,13 @@ def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> flo
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode; give each module back in the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Put a model into evaluation mode, and afterwards into the mode that it had."""
+    training = model.training
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        model.train(training)
 
 
 def judge(model: nn.Module, rows: np.ndarray, tokens: list[bytes], batch_size: int) -> float:
@@ -800,16 +795,13 @@ def compute_losses(model: nn.Module, x: Tensor, y: Tensor, vocab_size: int, batc
     if not is_tensor or logits.shape != expected or not logits.is_floating_point():
         seen = f"{logits.dtype} {tuple(logits.shape)}" if is_tensor else type(logits).__name__
         raise ValueError(f"model(x) must return float logits {expected}; it returned {seen}")
-    if not logits.sum().isfinite() and not (finite := logits.isfinite()).all():
-        row, position, token = (~finite).nonzero()[0].tolist()
-        where = f"batch {batch}, row {row}, position {position}, token {token}"
-        raise ValueError(f"the logit of {where}, is not finite. To rule a token out, take -1e4")
     pairs = zip(logits, y.to(device), strict=True)  # all logits in float32 may not fit memory
     rows = [F.cross_entropy(row.float(), targets, reduction="none") for row, targets in pairs]
     losses = torch.stack(rows).cpu()
-    if not losses.isfinite().all():
-        largest = logits.abs().max().item()
-        raise ValueError(f"batch {batch}: logits of up to {largest:.3g} are too large for float32")
+    is_finite = logits.sum().isfinite() or logits.isfinite().all()  # the sum alone may overflow
+    if not (is_finite and losses.isfinite().all()):
+        seen = f"batch {batch}: logits from {logits.min():.3g} to {logits.max():.3g}"
+        raise ValueError(f"{seen} are not finite in float32. To rule a token out, take -1e4")
     return losses
 
 
@@ -874,8 +866,7 @@ def main() -> None:
     elif damaged := find_damaged(corpus, thorough=True):
         seen = f"missing or damaged in {corpus.directory}: {', '.join(damaged)}"
         raise SystemExit(f"{seen}. `{corpus.command}` makes them again")
-    size = sum((corpus.directory / name).stat().st_size for name in file_names(corpus))
-    print(f"ready: {size / 1e6:.1f} MB in {corpus.directory}\nharness: {harness_digest(corpus)}")
+    print(f"ready: {corpus.directory}\nharness: {harness_digest(corpus)}")
 
 
 if __name__ == "__main__":

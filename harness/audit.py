@@ -1,6 +1,5 @@
 """What in ledger, git and records does not fit together. Locked, and free of torch."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 from harness import record
@@ -13,38 +12,26 @@ class Row:
 
     number: int
     commit: str
-    val_bpb: float
     status: str
     text: str
+    value: Value
     run: dict | None
     seeds: list[dict]
 
-    @property
-    def value(self) -> Value:
-        return Value(self.val_bpb, len({run["seed"] for run in self.seeds}) or 1)
 
-
-def read_text(name: str) -> str:
-    """Return a ledger: a file, or results.tsv of a branch or commit."""
-    if (ROOT / name).is_file():
-        return (ROOT / name).read_text(errors="replace")
-    for ref in (name, f"origin/{name}"):
-        if text := git("show", f"{ref}:./results.tsv", default=""):
-            return text
-    raise SystemExit(f"{name}: no such file here, and no branch or commit with a results.tsv")
-
-
-def read_rows(text: str, runs: list[dict]) -> tuple[list[Row], list[str]]:
-    """Return the rows of a ledger, and a sentence for each line that is none."""
-    logged = {run["log"]["row"]: run for run in runs if "log" in run}
-    by_id = {run["id"]: run for run in runs}
-    rows, faults = [], []
+def read_rows(name: str, runs: list[dict]) -> tuple[list[Row], list[str]]:
+    """Return the rows of a ledger, a file or a branch, and what can't be read, a sentence each."""
+    path, rows, faults = ROOT / name, [], []
+    text = path.read_text() if path.is_file() else git("show", f"{name}:./results.tsv")
+    logged = {run["log"].get("row"): run for run in runs}
     for number, line in enumerate(text.splitlines()[1:], 1):
         try:
             commit, val_bpb, _, status, _ = line.split("\t")
             run = logged.get(line)
-            seeds = [by_id[name] for name in run["log"]["runs"] if name in by_id] if run else []
-            rows.append(Row(number, commit, float(val_bpb), status, line, run, seeds))
+            ids = run["log"]["runs"] if run else []
+            seeds = [other for other in runs if other["id"] in ids]
+            value = Value(float(val_bpb), len(seeds) or 1)
+            rows.append(Row(number, commit, status, line, value, run, seeds))
         except ValueError:
             faults.append(f"row {number} can't be read: {line[:80]!r}")
     return rows, faults
@@ -54,42 +41,28 @@ def check_run(row: Row, before: list[Row]) -> list[str]:
     """Compare a row with its run, and with those of the rows before it."""
     if not row.run:
         return ["no run on record was logged with these words and values"]
-    faults, last = [], next((other.run for other in before[::-1] if other.run), row.run)
-    mean = record.average(row.seeds)[row.run["train_sha256"]].mean if row.seeds else 0.0
-    if f"{mean:.6f}" != f"{row.val_bpb:.6f}":
-        faults.append(f"its val_bpb is {row.val_bpb:.6f}, the mean of its runs {mean:.6f}")
+    faults, others = [], [other.run for other in before if other.run]
+    for value in record.average(row.seeds).values():
+        if abs(value.mean - row.value.mean) > 1e-6:
+            seen = f"its val_bpb is {row.value.mean:.6f}"
+            faults.append(f"{seen}, the mean of its runs {value.mean:.6f}")
     for name in ("harness", "device"):
-        if row.run[name] != last[name]:
-            faults.append(f"its {name} is {row.run[name]}, that of the row before {last[name]}")
-    for other in before:
-        if other.run and other.run["train_sha256"] == row.run["train_sha256"]:
-            faults.append(f"its train.py is that of row {other.number}")
+        if others and row.run[name] != others[-1][name]:
+            faults.append(f"its {name} is {row.run[name]}, before it {others[-1][name]}")
+    versions = [other["train_sha256"] for other in others]
+    if row.run["train_sha256"] in versions:
+        faults.append("its train.py has a row already")
     return faults
 
 
-def check_keep(row: Row, best: Row, noise: float) -> tuple[list[str], list[str]]:
-    """Return what is wrong with a keep, given the best one before it, and what may be."""
-    difference = row.val_bpb - best.val_bpb
-    said = f"kept with {row.val_bpb:.6f} where {best.val_bpb:.6f} was kept before"
-    if not noise:
-        return [], [f"{said}, with no noise known"] * (difference >= 0)
-    times = difference / record.noise_of_difference(noise, row.value, best.value)
-    said = f"{said}, {times:+.2f} x the noise of the difference"
-    if times >= 1:
-        return [said], []
-    return [], [f"{said}: right only if it is simpler"] * (times > -1)
-
-
-def check_commit(row: Row, before: Row) -> list[str]:
-    """Compare the commit of a kept row with the one that was kept before it."""
-    for commit in (row.commit, before.commit):
-        if not git("rev-parse", "-q", "--verify", f"{commit}^0", default=""):
-            return [f"git does not have its commit {commit}"] * (commit == row.commit)
-    others = ("--", ".", ":!train.py", ":!results.tsv")
-    changed = git("diff", "--name-only", before.commit, row.commit, *others).split("\n")
-    return [f"its commit changed {', '.join(changed)[:100]}, not train.py alone"] * (
-        changed != [""]
-    )
+def check_keep(row: Row, best: Row, noise: float) -> list[str]:
+    """Compare a keep with the best one before it: less than the noise worse may be simpler."""
+    difference = row.value.mean - best.value.mean
+    limit = record.noise_of_difference(noise, row.value, best.value)
+    if difference <= limit or not noise:
+        return []
+    seen = f"kept with {row.value.mean:.6f} after {best.value.mean:.6f}"
+    return [f"{seen}, worse by {difference / limit:.2f} x the noise of the difference"]
 
 
 def find_missing(rows: list[Row], runs: list[dict]) -> list[str]:
@@ -97,51 +70,45 @@ def find_missing(rows: list[Row], runs: list[dict]) -> list[str]:
     found = [row.run for row in rows if row.run]
     if not found:
         return []
-    places = Counter((run["repository"], run["log"]["branch"]) for run in found)
-    repository, branch = places.most_common(1)[0][0]
-    texts, versions = {row.text for row in rows}, {run["train_sha256"] for run in found}
-    faults, last = [], max(run["id"] for run in found)
+    texts = {row.text for row in rows}
+    versions = {run["train_sha256"] for run in found}
+    ids = sorted(run["id"] for run in found)
+    faults, branch = [], found[-1]["log"]["branch"]
     for run in runs:
-        entry = run.get("log", {})
-        if run["repository"] != repository:
+        if run["repository"] != found[-1]["repository"]:
             continue
-        if entry.get("branch") == branch and entry["row"] not in texts:
-            faults.append(f"logged on {branch}, but not in the ledger: {entry['row']!r}")
-        within = found[0]["id"] <= run["id"] <= last and run["train_sha256"] not in versions
-        if within and run["status"] == "finished" and not entry:
+        if run["log"].get("branch") == branch and run["log"]["row"] not in texts:
+            faults.append(f"logged, but not in the ledger: {run['log']['row']!r}")
+        ended = run["status"] == "finished" and ids[0] <= run["id"] <= ids[-1]
+        if ended and run["train_sha256"] not in versions:
             faults.append(f"a run has no row: {run['val_bpb']:.6f}, begun {run['time']}")
     return faults
 
 
-def audit(name: str = "results.tsv") -> tuple[list[str], list[str]]:
-    """Return what does not fit together in a ledger, and what a person may want to judge."""
-    runs = record.read_runs()
-    rows, faults = read_rows(read_text(name), runs)
+def audit(name: str = "results.tsv") -> list[str]:
+    """Return what does not fit together in a ledger, a file or a branch, a sentence each."""
+    runs, best = record.read_runs(), None
+    rows, faults = read_rows(name, runs)
     recorded = [row.run for row in rows if row.run]
-    finished = [run for run in runs if recorded and record.comparable(recorded[-1], run)]
-    noise, best, remarks = record.estimate_noise(finished), None, []
-    if rows and not recorded:
-        remarks.append("no run of these rows is on record on this machine: values not checked")
+    noise = 0.0
+    if recorded:
+        alike = [run for run in runs if record.comparable(recorded[-1], run)]
+        noise = record.estimate_noise(alike)
     for index, row in enumerate(rows):
         wrong = check_run(row, rows[:index]) if recorded else []
-        doubtful = []
-        if row.status == "keep" and best:
-            wrong += check_commit(row, best)
-            worse, doubtful = check_keep(row, best, noise)
-            wrong += worse
-        if row.status == "keep" and (not best or row.val_bpb < best.val_bpb):
-            best = row
-        faults += [f"row {row.number} ({row.commit}, {row.status}): {fault}" for fault in wrong]
-        remarks += [f"row {row.number} ({row.commit}, {row.status}): {each}" for each in doubtful]
-    return faults + find_missing(rows, runs), remarks
+        if not git("rev-parse", "-q", "--verify", f"{row.commit}^0", default=""):
+            wrong.append("git does not have its commit")
+        if row.status == "keep":
+            wrong += check_keep(row, best or row, noise)
+            best = min(best or row, row, key=lambda row: row.value)
+        faults += [f"row {row.number} ({row.commit}, {row.status}): {each}" for each in wrong]
+    return faults + find_missing(rows, runs)
 
 
 def print_audit(names: list[str]) -> int:
     """Print the audit of ledgers; return 1 if something does not fit together."""
-    status = 0
-    for name in names:
-        faults, remarks = audit(name)
-        print(*faults, *remarks, sep="\n", end="\n" if faults or remarks else "")
-        print(f"{name}: {len(faults) or 'no'} faults, {len(remarks)} remarks")
-        status |= bool(faults)
-    return status
+    found = {name: audit(name) for name in names}
+    for name, faults in found.items():
+        summary = f"{name}: {len(faults) or 'no'} faults"
+        print(*faults, summary, sep="\n")
+    return int(any(found.values()))

@@ -1,8 +1,8 @@
 """A folder for every run, and which runs compare. Locked, and free of torch, which takes seconds.
 
-runs/<id>/train.py       the file as it ran; its process holds a lock on it
+runs/<id>/train.py       the file as it ran
 runs/<id>/run.json       when, what, on what device, how it ended, and its row in the ledger
-runs/<id>/traceback.txt  what it did when its time was up
+runs/<id>/traceback.txt  what it did when its time was up; its process holds a lock on this file
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 from filelock import FileLock, Timeout
 
@@ -104,21 +104,18 @@ def strip_comments(source: str) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def judge_digest() -> str:
-    """Return the digest of the source that decides a val_bpb."""
-    return digest([strip_comments((ROOT / name).read_text("utf-8")) for name in JUDGE])
+def judge_sources() -> list[str]:
+    """Return the source that decides a val_bpb, without its comments."""
+    return [strip_comments((ROOT / name).read_text("utf-8")) for name in JUDGE]
 
 
-def git(*arguments: str, default: str | None = None) -> str:
+def git(*arguments: str, default: str | None = None, stdin: str = "") -> str:
     """Return what a git command prints here. If it fails: `default`, else SystemExit with why."""
-    settings = (
-        "-c",
-        "core.quotepath=off",
-        "-c",
-        "commit.gpgSign=false",
-    )  # nobody types passphrases
-    command = ["env", "git", "-C", str(ROOT), *settings, *arguments]  # env: no git is a status too
-    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    # at night nobody types a passphrase; `env` says by its exit status that there is no git
+    settings = ["-c", "core.quotepath=off", "-c", "commit.gpgSign=false"]
+    command = ["env", "git", "-C", ROOT, *settings, *arguments]
+    options = {"input": stdin, "capture_output": True, "encoding": "utf-8", "errors": "replace"}
+    result = subprocess.run(command, **options)
     if result.returncode and default is None:
         raise SystemExit(f"`git {' '.join(arguments[:2])}` failed: {result.stderr.strip()}")
     return default if result.returncode else result.stdout.strip()
@@ -137,23 +134,17 @@ def folder_of(run: dict) -> Path:
     return cache_root() / "runs" / run["id"]
 
 
-def create_run(run: dict, source: bytes) -> BinaryIO:
-    """Make the folder of a run by one rename. The file that is returned is open while it runs."""
+def create_run(run: dict, source: bytes) -> TextIO:
+    """Make the folder of a run by one rename; return its traceback.txt, locked and open."""
     folder = folder_of(run)
     part = folder.with_name(f"part-{folder.name}")
     part.mkdir(parents=True)
     (part / "train.py").write_bytes(source)
-    (part / "traceback.txt").touch()
-    file = (part / "train.py").open("r+b")
-    fcntl.flock(file, fcntl.LOCK_EX)
     (part / "run.json").write_text(json.dumps(run, indent=1))
+    file = (part / "traceback.txt").open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
     os.replace(part, folder)
     return file
-
-
-def open_traceback(run: dict) -> TextIO:
-    """Open the file that the time limit writes into."""
-    return (folder_of(run) / "traceback.txt").open("w")
 
 
 def write_run(run: dict) -> None:
@@ -162,8 +153,8 @@ def write_run(run: dict) -> None:
 
 
 def is_running(folder: Path) -> bool:
-    """Return whether the process of a run lives: then it holds the lock on train.py."""
-    with (folder / "train.py").open("rb") as file:
+    """Return whether the process of a run lives."""
+    with (folder / "traceback.txt").open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -205,10 +196,10 @@ def print_runs(runs: list[dict]) -> None:
     for run in runs:
         value = f"{run['val_bpb']:.6f}" if "val_bpb" in run else ""
         commit = run["commit"][:7] + "*" * (not run["train_committed"])
-        row = " ".join(run["log"]["row"].split("\t")[3:]) if "log" in run else ""
+        row = " ".join(run["log"].get("row", "").split("\t")[3:])
         begun, steps = run["time"][:16].replace("T", " "), f"{run.get('num_steps', 0):.0f}"
         print(line.format(begun, commit, run["seed"], run["status"], value, steps, row))
-    print(f"{len(runs)} runs (* not committed): each has a folder in {cache_root() / 'runs'}")
+    print(f"* not committed; train.py and run.json of each run: {cache_root() / 'runs'}")
 
 
 # Comparison -------------------------------------------------------------------------------------
@@ -264,7 +255,7 @@ def describe_value(run: dict, runs: list[dict], branch: str) -> dict[str, str]:
     alike, this, kept, lines = [*alike, run], run["train_sha256"], {}, {}
     values = average(own_runs(alike))
     for other in own_runs(runs):
-        entry, version = other.get("log", {}), other["train_sha256"]
+        entry, version = other["log"], other["train_sha256"]
         is_kept = (entry.get("branch"), entry.get("status")) == (branch, "keep")
         if is_kept and version in values:
             kept[version] = entry["commit"][:7]

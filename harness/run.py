@@ -1,6 +1,5 @@
 """The clock and the run: what decides how long a model trains, and what is judged. Locked."""
 
-import argparse
 import contextlib
 import faulthandler
 import hashlib
@@ -15,7 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -43,14 +43,6 @@ def limit_time(file: TextIO) -> None:
     faulthandler.dump_traceback_later(RUN_LIMIT + 1, exit=True, file=file)  # and into the record
 
 
-def peak_memory(device: torch.device) -> float:
-    """Return the most bytes that were allocated on a GPU; on a CPU the most that were resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes * (1 if sys.platform == "darwin" else 1024)  # there they are bytes
-
-
 @dataclass
 class Run:
     """What train.py gets: start(), then what changes the weights, then stop(), then finish()."""
@@ -74,10 +66,9 @@ class Run:
         vocab_size, losses = self.tokenizer.get_vocab_size(), []
         rows = torch.from_numpy(prepare.read_val_rows(self.corpus)[:8].astype(np.int64))
         with prepare.evaluating(model):
-            for row in rows:  # one at a time takes little memory
-                x, y = row[None, :-1], row[None, 1:]
-                losses.append(prepare.compute_losses(model, x, y, vocab_size, 0).mean())
-        loss, uniform = torch.stack(losses).mean().item(), math.log(vocab_size)
+            for row in rows[:, None]:  # one at a time takes little memory
+                losses.append(prepare.compute_losses(model, row[:, :-1], row[:, 1:], vocab_size, 0))
+        loss, uniform = torch.cat(losses).mean().item(), math.log(vocab_size)
         if loss < uniform - 0.5:
             seen = f"its loss is {loss:.2f} nats, that of an untrained one {uniform:.2f}"
             raise ValueError(f"the model has learned before start(): {seen}. Undo the warm-up")
@@ -113,16 +104,20 @@ class Run:
         self.require_weights(model)
         val_bpb = prepare.evaluate_bpb(model, self.tokenizer, batch_size)
         self.require_weights(model)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; on macOS bytes
+        memory *= 1 if sys.platform == "darwin" else 2**10
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated()
         self.summary = {
             "val_bpb": f"{val_bpb:.6f}",
             "training_seconds": f"{self.seconds:.1f}",
             "total_seconds": f"{time.perf_counter() - self.launched:.1f}",
-            "peak_vram_mb": f"{peak_memory(self.device) / 2**20:.1f}",
+            "peak_vram_mb": f"{memory / 2**20:.1f}",
             "mfu_percent": f"{mfu:.2f}",
             "total_tokens_M": f"{tokens / 1e6:.1f}",
-            "num_steps": f"{steps}",
+            "num_steps": str(steps),
             "num_params_M": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}",
-            "depth": f"{depth}",
+            "depth": str(depth),
         }
 
     def require_order(self, is_so: bool) -> None:
@@ -133,9 +128,7 @@ class Run:
     def require_weights(self, model: nn.Module) -> None:
         """Raise ValueError if the weights are not those of stop()."""
         if digest_weights(model) != self.weights:
-            raise ValueError(
-                "parameters or buffers changed after stop(): only training may do that"
-            )
+            raise ValueError("parameters or buffers changed after stop(): change them before it")
 
 
 def digest_weights(model: nn.Module) -> str:
@@ -147,14 +140,14 @@ def digest_weights(model: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def show_status(status: Callable[[], str]) -> Iterator[None]:
-    """Show a line while the block runs: live on a terminal, elsewhere twice a minute."""
+def show_status(run: Run) -> Iterator[None]:
+    """Show what a run is doing: live on a terminal, elsewhere a line every half minute."""
     done, start, live = threading.Event(), time.perf_counter(), sys.stdout.isatty()
     clear = "\r\033[K" if live else ""
 
     def show() -> None:
         while not done.wait(0.2 if live else 30):
-            line = f"{status()} ({time.perf_counter() - start:.0f} s)"
+            line = f"{run.status} ({time.perf_counter() - start:.0f} s)"
             width = shutil.get_terminal_size().columns - 1 if live else None
             print(clear + line[:width], end="" if live else "\n", flush=True)
 
@@ -168,46 +161,25 @@ def show_status(status: Callable[[], str]) -> Iterator[None]:
         print(clear, end="", flush=True)
 
 
-def parse_arguments(description: str | None) -> argparse.Namespace:
-    """Parse the command line of train.py."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
-    prepare.add_corpus_arguments(parser)
-    parser.add_argument("--seed", metavar="N", type=int, default=SEED, help=f"default: {SEED}")
-    arguments = parser.parse_args()
-    if not 0 <= arguments.seed < 2**32:
-        parser.error(f"--seed {arguments.seed}: expected a number from 0 to {2**32 - 1}")
-    return arguments
-
-
-def name_device(device: torch.device) -> tuple[str, str]:
-    """Return the name that runs compare by, and an id that no other device of this machine has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(), str(torch.cuda.get_device_properties(0).uuid)
-    return f"cpu ({torch.backends.cpu.get_cpu_capability()})", "cpu"
-
-
 def new_record(corpus: prepare.Corpus, device: str, seed: int, source: bytes) -> dict:
     """Return the record of a run that begins now."""
-    head = record.git("rev-parse", "HEAD", default="")
     in_head = record.git("show", "HEAD:./train.py", default="")
     committed = in_head == source.decode(errors="replace").strip()
-    snapshot = "" if committed else record.git("stash", "create", default="")  # on no branch
+    commit = "" if committed else record.git("stash", "create", default="")  # on no branch
     return {
         "id": record.new_id(),
         "status": "running",
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "repository": str(ROOT),
-        "commit": snapshot or head,
+        "commit": commit or record.git("rev-parse", "HEAD", default=""),
         "train_committed": committed,
         "train_sha256": hashlib.sha256(source).hexdigest(),
-        "judge": record.judge_digest(),
         "harness": prepare.harness_digest(corpus),
         "seed": seed,
         "device": device,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "command": sys.argv,
+        "log": {},  # its row in a ledger
     }
 
 
@@ -241,14 +213,17 @@ def training_run(description: str | None) -> Iterator[Run]:
 
     The block has RUN_LIMIT seconds until stop(), and as many after it.
     """
-    arguments, source = parse_arguments(description), (ROOT / "train.py").read_bytes()
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    prepare.add_corpus_arguments(parser)
+    parser.add_argument("--seed", metavar="N", type=int, default=SEED, help=f"default: {SEED}")
+    arguments, source = parser.parse_args(), (ROOT / "train.py").read_bytes()
     device = prepare.get_device()
-    name, device_id = name_device(device)
+    name, device_id = f"cpu ({torch.backends.cpu.get_cpu_capability()})", "cpu"
+    if device.type == "cuda":
+        name, device_id = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).uuid
     advice = "two runs at once can't be compared; wait for it"
     with record.file_lock(Path(DEVICE_LOCK % device_id), advice, wait=False):
-        print(
-            f"device: {name}{', as there is no CUDA device' * (device.type == 'cpu')}", flush=True
-        )
+        print(f"device: {name}", flush=True)
         corpus = prepare.choose_corpus(arguments.corpus, arguments.shards)
         if corpus.name == "climbmix" and device.type == "cpu":
             raise SystemExit("climbmix takes a CPU hours to evaluate. Use --corpus python")
@@ -257,14 +232,12 @@ def training_run(description: str | None) -> Iterator[Run]:
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(arguments.seed)
         entry = new_record(corpus, name, arguments.seed, source)
-        with record.create_run(entry, source), record.open_traceback(entry) as file:
+        with record.create_run(entry, source) as file:
             run = Run(corpus, prepare.Tokenizer(corpus), device, arguments.seed, file)
             limit_time(file)
-            with keep_record(entry, run), show_status(lambda: run.status):
+            with keep_record(entry, run), show_status(run):
                 yield run
     branch = record.git("branch", "--show-current", default="")
     lines = run.summary | {"harness": entry["harness"], "seed": str(run.seed)}
     lines |= record.describe_value(entry, record.read_runs(), branch)
-    print(
-        "---", *(f"{name + ':':<18}{value}" for name, value in lines.items()), sep="\n", flush=True
-    )
+    print("---", *(f"{key + ':':<18}{value}" for key, value in lines.items()), sep="\n", flush=True)

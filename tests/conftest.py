@@ -1,6 +1,7 @@
-"""One small real corpus, prepared once for all tests in a cache folder of their own."""
+"""One small real corpus, prepared once for all tests, and clones in which a run takes a second."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +12,35 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.pop("AUTORESEARCH_CORPUS", None)
+for name in ("AUTORESEARCH_CORPUS", "HF_TOKEN", "HF_ENDPOINT"):
+    os.environ.pop(name, None)
 
 import prepare  # noqa: E402  found through the lines above
 
-# The tests speak of the CPU configuration, also on a machine with a GPU; those marked gpu name their device.
+# The tests use a CPU's configuration, also on a machine with a GPU; those marked gpu name their device.
 prepare.get_device = lambda: torch.device("cpu")
 
+SHIPPED = (
+    "prepare.py",
+    "program.md",
+    ".gitignore",
+    ".python-version",
+    "pyproject.toml",
+    "uv.lock",
+)
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
 
-def pytest_collection_modifyitems(items):
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the slow tests too, as CI does")
+
+
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "slow" in item.keywords and not config.getoption("--all"):
+            item.add_marker(pytest.mark.skip(reason="slow: --all runs it"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,7 +58,7 @@ def folder():
 
 @pytest.fixture(scope="session")
 def corpus(cache, folder):
-    corpus, _ = prepare.choose_corpus(str(folder))
+    corpus = prepare.choose_corpus(str(folder))
     prepare.prepare(corpus)
     return corpus
 
@@ -50,27 +68,9 @@ def tokenizer(corpus):
     return prepare.Tokenizer(corpus)
 
 
-@pytest.fixture
-def small_tables(monkeypatch):
-    """Tables of guesses that take no time to make."""
-    monkeypatch.setattr("train.COUNT_ROWS", 10_007)
-
-
-def give_guesses(model, ids):
-    """Fill the rows of all contexts in ids (B, T) with random guesses; of those with one row the last stays."""
-    import train
-
-    for table, context in zip(model.table, train.CONTEXTS, strict=True):
-        mixed = train.hash_contexts(ids, context).flatten()
-        packed = torch.randint(model.config.vocab_size * 2**16, (len(mixed), train.GUESSES))
-        rows = torch.cat([mixed[:, None] // train.COUNT_ROWS + 1, packed], 1)
-        table.numpy()[(mixed % train.COUNT_ROWS).numpy()] = rows.numpy()
-
-
 def environ(**more):
-    """Environment of a command: no GPU, and a place for device locks apart from those of real runs."""
-    own = {"CUDA_VISIBLE_DEVICES": "", "LOCKS": os.environ["AUTORESEARCH_CACHE"]}
-    return os.environ | own | {name: str(value) for name, value in more.items()}
+    """Environment of a command: no GPU, and the cache folder of this session."""
+    return os.environ | {"CUDA_VISIBLE_DEVICES": ""} | {key: str(more[key]) for key in more}
 
 
 @pytest.fixture
@@ -89,3 +89,42 @@ def command():
         )
 
     return run
+
+
+def git(clone, *arguments):
+    command = ["git", "-C", str(clone), *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def replace(path, before, after):
+    """Replace a text that a file has once."""
+    text = path.read_text()
+    assert text.count(before) == 1, (path, before)
+    path.write_text(text.replace(before, after))
+
+
+def make_clone(path, train="tests/tiny_train.py", seconds=0.5, limit=60):
+    """What a user has after git clone, on main; a run trains for `seconds`, and has locks of its own."""
+    path.mkdir(parents=True)
+    shutil.copytree(ROOT / "harness", path / "harness", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in SHIPPED:
+        shutil.copy(ROOT / name, path)
+    shutil.copy(ROOT / train, path / "train.py")
+    (path / "results.tsv").write_text(f"{HEADER}\n")
+    replace(path / "prepare.py", "TIME_BUDGET = 300", f"TIME_BUDGET = {seconds}")
+    replace(path / "harness/run.py", "RUN_LIMIT = 600", f"RUN_LIMIT = {limit}")
+    replace(path / "harness/run.py", '"/tmp/autoresearch-%s.lock"', f'"{path.parent}/%s.lock"')
+    git(path, "init", "-q", "-b", "main")
+    git(path, "config", "user.name", "test")
+    git(path, "config", "user.email", "test@example.invalid")
+    git(path, "add", "-A")
+    git(path, "commit", "-qm", "start")
+    return path
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone on a branch for experiments."""
+    path = make_clone(tmp_path / "clone")
+    git(path, "checkout", "-q", "-b", "autoresearch/test")
+    return path

@@ -1,28 +1,27 @@
-"""Attention of train.py: each backend against a plain reference, and flash-attention 3 with all that may be in its way.
+"""Attention of train.py: each backend against a plain reference, and the choice between them.
 
-The kernel that is loaded here is laid out as the package `kernels` expects it and loaded by that package, from a folder
-or from a hub on the loopback interface; it computes in PyTorch, so that it runs without a GPU.
+The kernel package loads a kernel of its own layout here, from a folder or from a hub on the
+loopback interface. The kernel computes in PyTorch, so that it needs no GPU.
 """
 
 import http.server
 import json
 import math
 import os
-import re
 import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import kernels
 import pytest
 import torch
 
-import prepare
 import train
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(train.__file__).resolve().parent
 
 KERNEL = """
 import torch
@@ -46,14 +45,23 @@ METADATA = {
 }
 
 
+@pytest.fixture(autouse=True)
+def knobs(monkeypatch):
+    monkeypatch.setattr(train, "HEAD_DIM", 64)
+    monkeypatch.setattr(train, "FORCED_BACKEND", None)
+
+
+# backends
+
+
 def attention_by_hand(q, k, v, window):
     """Softmax attention in float64, one query at a time. q, k, v: (B, T, H, D)."""
     q, k, v = (x.double() for x in (q, k, v))
     result = []
     for t in range(q.shape[1]):
-        first = max(0, t - window)
-        scores = torch.einsum("bhd,bshd->bhs", q[:, t], k[:, first : t + 1]) / math.sqrt(q.shape[-1])
-        result.append(torch.einsum("bhs,bshd->bhd", scores.softmax(-1), v[:, first : t + 1]))
+        seen = slice(max(0, t - window), t + 1)
+        scores = torch.einsum("bhd,bshd->bhs", q[:, t], k[:, seen]) / math.sqrt(q.shape[-1])
+        result.append(torch.einsum("bhs,bshd->bhd", scores.softmax(-1), v[:, seen]))
     return torch.stack(result, 1)
 
 
@@ -61,27 +69,31 @@ def check_backend(backend, device, dtype, tolerance, length, head_dim, gradients
     torch.manual_seed(0)
     windows, shape = [0, 1, 64, length // 2, length], (2, length, 2, head_dim)
     attention = train.Attention(backend, length, set(windows), device)
-    if device.type == "cuda" and backend == "flex":  # uncompiled it is another implementation
+    if device.type == "cuda" and backend == "flex":  # another implementation when uncompiled
         attention = torch.compile(attention, dynamic=False)
     for window in windows:
-        inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=gradients) for _ in range(3)]
+        inputs = [torch.randn(shape, device=device, dtype=dtype) for _ in range(3)]
+        for x in inputs:
+            x.requires_grad_(gradients)
         seen, expected = attention(*inputs, window), attention_by_hand(*inputs, window)
         assert (seen.double() - expected).norm() <= tolerance * expected.norm()
         if gradients:
             direction = torch.randn_like(expected)
             ours = torch.autograd.grad(seen, inputs, direction.to(dtype))
             theirs = torch.autograd.grad(expected, inputs, direction)
-            for a, b in zip(ours, theirs, strict=True):  # of a window of 0, q and k have no gradient
-                assert (a.double() - b.double()).norm() <= tolerance * max(b.double().norm(), direction.norm())
+            for a, b in zip(ours, theirs, strict=True):  # q and k of window 0 have none
+                scale = max(b.double().norm(), direction.norm())
+                assert (a.double() - b.double()).norm() <= tolerance * scale
 
 
 @pytest.mark.parametrize("length", [128, 151])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("backend", ["matmul", "sdpa", "flex", "flash3"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_every_backend_honours_the_window(backend, head_dim, length, local_kernel):
     local_kernel()
-    # PyTorch has no backward pass of FlexAttention for CPUs
-    check_backend(backend, CPU, torch.float32, 1e-5, length, head_dim, gradients=backend != "flex")
+    # PyTorch has no backward pass of FlexAttention for CPUs.
+    check_backend(backend, CPU, torch.float32, 1e-5, length, head_dim, backend != "flex")
 
 
 @pytest.mark.gpu
@@ -90,12 +102,14 @@ def test_every_backend_honours_the_window(backend, head_dim, length, local_kerne
 @pytest.mark.parametrize("backend", ["flash3", "flex", "sdpa", "matmul"])
 def test_every_backend_honours_the_window_on_a_gpu(backend, head_dim, length):
     device = torch.device("cuda")
-    if backend == "flash3" and train.choose_attention(device, compiled=True)[0] != "flash3":
-        pytest.skip(train.choose_attention(device, compiled=True)[1])
+    if backend == "flash3":
+        chosen, why = train.choose_attention(device, compiled=True)
+        if chosen != "flash3":
+            pytest.skip(why)
     check_backend(backend, device, torch.bfloat16, 1e-2, length, head_dim, gradients=True)
 
 
-def test_a_window_hides_what_lies_before_it():
+def test_a_key_is_seen_within_the_window_and_not_beyond():
     q, k, v = (torch.randn(1, 32, 1, 16) for _ in range(3))
     attention = train.Attention("matmul", 32, {5}, CPU)
     before = attention(q, k, v, 5)
@@ -104,11 +118,11 @@ def test_a_window_hides_what_lies_before_it():
     assert changed.nonzero().flatten().tolist() == [10, 11, 12, 13, 14, 15]
 
 
-# flash-attention 3
+# the choice
 
 
 def write_kernel(folder, source=KERNEL, metadata=METADATA, variant="torch-cuda"):
-    """A build for every GPU, as the package lays it out; its variant for this PyTorch, which is a build for CUDA."""
+    """Write a build for every GPU, as the package lays it out."""
     build = folder / "build" / variant
     build.mkdir(parents=True)
     (build / "metadata.json").write_text(json.dumps(metadata))
@@ -118,27 +132,42 @@ def write_kernel(folder, source=KERNEL, metadata=METADATA, variant="torch-cuda")
 
 @pytest.fixture
 def local_kernel(tmp_path, monkeypatch):
-    """Write a kernel and have the package load it from its folder."""
+    """Write a kernel that the package finds as if it had been downloaded."""
 
     def write(**parts):
-        write_kernel(tmp_path / "kernel", **parts)
-        monkeypatch.setenv("LOCAL_KERNELS", f"{train.FLASH_KERNEL['repo_id']}={tmp_path / 'kernel'}")
+        folder = write_kernel(tmp_path / "kernel", **parts)
+        monkeypatch.setattr(kernels, "install_kernel", lambda *_, **options: folder)
 
-    prepare.load_kernel.cache_clear()
+    train.load_flash3.cache_clear()
     yield write
-    prepare.load_kernel.cache_clear()
+    train.load_flash3.cache_clear()
 
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A Hopper GPU as choose_attention sees one; what it tries there is tried on the CPU."""
-    try_attention = train.try_attention
+    """A Hopper GPU as choose_attention sees one, whose probes run on the CPU."""
+    probe = train.probe_attention
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(train, "try_attention", lambda backend, device: try_attention(backend, CPU))
+    monkeypatch.setattr(
+        train, "probe_attention", lambda backend, device, compiled: probe(backend, CPU, compiled)
+    )
     return torch.device("cuda")
 
 
-def test_a_kernel_that_works_is_taken(local_kernel, hopper):
+def test_a_cpu_takes_matmul_without_a_probe(monkeypatch):
+    monkeypatch.setattr(train, "probe_attention", None)
+    assert train.choose_attention(CPU, compiled=True)[0] == "matmul"
+
+
+def test_a_kernel_that_works_is_taken_without_a_trace(local_kernel, hopper):
+    local_kernel()
+    state = torch.get_rng_state()
+    assert train.choose_attention(hopper, compiled=False)[0] == "flash3"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.slow
+def test_a_kernel_that_works_is_taken_when_compiled(local_kernel, hopper):
     local_kernel()
     assert train.choose_attention(hopper, compiled=True)[0] == "flash3"
 
@@ -149,7 +178,7 @@ def test_a_kernel_that_works_is_taken(local_kernel, hopper):
         ({"source": KERNEL.replace("window_size[0])", "2 * window_size[0])")}, "results are wrong"),
         ({"source": KERNEL + "raise ImportError('undefined symbol: _ZN3c10')"}, "undefined symbol"),
         ({"source": KERNEL.replace("flash_attn_func", "other")}, "flash_attn_func"),
-        ({"source": KERNEL.replace("assert causal", "raise RuntimeError('no kernel image')  # ")}, "no kernel image"),
+        ({"source": KERNEL.replace("assert causal", "raise OSError('no image')  # ")}, "no image"),
         ({"source": "def broken("}, "SyntaxError"),
         ({"variant": "torch29-cxx11-cu128-x86_64-linux"}, "Cannot find a build variant"),
         ({"metadata": {}}, "ValueError"),
@@ -157,26 +186,62 @@ def test_a_kernel_that_works_is_taken(local_kernel, hopper):
 )
 def test_a_kernel_that_does_not_work_is_named_in_one_line(local_kernel, hopper, parts, reason):
     local_kernel(**parts)
-    backend, why = train.choose_attention(hopper, compiled=True)
-    assert backend == "flex"
+    backend, why = train.choose_attention(hopper, compiled=False)
+    assert backend == "sdpa"
+    assert why.startswith("flash3 does not work: ")
     assert reason in why
     assert "\n" not in why
 
 
-def test_trying_attention_draws_no_random_numbers(local_kernel, hopper):
-    local_kernel()
-    state = torch.get_rng_state()
-    train.choose_attention(hopper, compiled=True)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.parametrize(
-    ("capability", "compiled", "backend"), [((8, 0), True, "flex"), ((12, 0), True, "flex"), ((8, 0), False, "sdpa")]
+    ("capability", "compiled", "working", "chosen", "probed"),
+    [
+        ((9, 0), True, {"flash3", "flex"}, "flash3", ["flash3"]),
+        ((9, 0), True, {"flex"}, "flex", ["flash3", "flex"]),
+        ((9, 0), True, set(), "sdpa", ["flash3", "flex"]),
+        ((9, 0), False, set(), "sdpa", ["flash3"]),
+        ((8, 0), True, {"flash3", "flex"}, "flex", ["flex"]),
+        ((12, 0), True, set(), "sdpa", ["flex"]),
+        ((8, 0), False, {"flash3", "flex"}, "sdpa", []),
+    ],
 )
-def test_other_gpus_do_not_ask_for_the_kernel(monkeypatch, capability, compiled, backend):
+def test_a_gpu_takes_the_first_backend_that_works(
+    monkeypatch, capability, compiled, working, chosen, probed
+):
+    seen = []
+
+    def probe(backend, device, compiled):
+        seen.append(backend)
+        if backend not in working:
+            raise RuntimeError(f"{backend} is broken\nand here is why")
+
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(train, "try_attention", lambda *arguments: None)  # a kernel that would work
-    assert train.choose_attention(torch.device("cuda"), compiled)[0] == backend
+    monkeypatch.setattr(train, "probe_attention", probe)
+    backend, why = train.choose_attention(torch.device("cuda"), compiled)
+    assert (backend, seen) == (chosen, probed)
+    assert all(f"{name} is broken" in why for name in probed if name not in working)
+    assert "\n" not in why
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "matmul"])
+def test_the_environment_forces_a_backend(monkeypatch, backend):
+    monkeypatch.setattr(train, "FORCED_BACKEND", backend)
+    assert train.choose_attention(CPU, compiled=False)[0] == backend
+
+
+def test_a_forced_backend_that_does_not_work_is_refused_in_one_line(monkeypatch, local_kernel):
+    local_kernel(source="def broken(")
+    for backend, reason in (("flash3", "SyntaxError"), ("flex", "backward")):
+        monkeypatch.setattr(train, "FORCED_BACKEND", backend)
+        with pytest.raises(SystemExit) as refusal:
+            train.choose_attention(CPU, compiled=False)
+        line = str(refusal.value)
+        assert line.startswith(f"AUTORESEARCH_ATTENTION={backend} does not work: ")
+        assert reason in line
+        assert "\n" not in line
+
+
+# the hub
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -185,22 +250,29 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server, path = self.server, self.path.split("?")[0]
         server.asked.append(path)
-        api = f"/api/kernels/{train.FLASH_KERNEL['repo_id']}"
-        files = {str(file.relative_to(server.folder)): file for file in server.folder.rglob("*") if file.is_file()}
+        repo = train.FLASH_KERNEL["repo_id"]
+        publisher, api = repo.split("/")[0], f"/api/kernels/{repo}"
+        files = {
+            str(file.relative_to(server.folder)): file
+            for file in server.folder.rglob("*")
+            if file.is_file()
+        }
         entries = [
             {"type": "file", "path": name, "size": file.stat().st_size, "oid": f"{i:040x}"}
             for i, (name, file) in enumerate(sorted(files.items()))
         ]
-        if path == "/api/organizations/kernels-community/overview":
-            self.answer({"name": "kernels-community", "fullname": "", "trustedKernelPublisher": server.trusted})
-        elif path == f"{api}/tree/v1/build":
+        name = path.partition("/resolve/")[2].partition("/")[2]
+        if path == f"/api/organizations/{publisher}/overview":
+            trust = {"trustedKernelPublisher": server.trusted}
+            self.answer({"name": publisher, "fullname": "", **trust})
+        elif path == f"{api}/tree/{train.FLASH_KERNEL['revision']}/build":
             folders = sorted({str(Path(name).parent) for name in files})
             self.answer([{"type": "directory", "path": name, "oid": "0" * 40} for name in folders])
         elif path.startswith(f"{api}/tree/"):
             self.answer(entries)
         elif path.startswith(f"{api}/revision/"):
-            self.answer({"id": train.FLASH_KERNEL["repo_id"], "sha": "a" * 40, "siblings": entries})
-        elif (name := path.partition("/resolve/")[2].partition("/")[2]) in files:
+            self.answer({"id": repo, "sha": "a" * 40, "siblings": entries})
+        elif name in files:
             self.answer(files[name].read_bytes(), name)
         else:
             self.send_error(404)
@@ -210,12 +282,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def answer(self, body, etag=""):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(200)
-        for name, value in {
-            "Content-Length": len(body),
-            "X-Repo-Commit": "a" * 40,
-            "ETag": f'"{abs(hash(etag))}"',
-        }.items():
-            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.send_header("ETag", f'"{abs(hash(etag))}"')
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
@@ -235,75 +304,89 @@ def hub(tmp_path):
     server.server_close()
 
 
-CHOOSE = """
+# Chooses in a child for each line of JSON, with the environment that it holds: PyTorch is imported
+# once, and the hub's packages, which read the environment on import, in every child.
+CHOOSER = """
+import json, os, sys
 import torch, train
-original, cpu = train.try_attention, torch.device("cpu")
+
+probe, cpu = train.probe_attention, torch.device("cpu")
 torch.cuda.get_device_capability = lambda: (9, 0)
-train.try_attention = lambda backend, device: original(backend, cpu)
-print(*train.choose_attention(torch.device("cuda"), True))
+train.probe_attention = lambda backend, device, compiled: probe(backend, cpu, compiled)
+for name in list(sys.modules):
+    if name.split(".")[0] in ("huggingface_hub", "kernels"):
+        del sys.modules[name]
+
+for line in sys.stdin:
+    job = json.loads(line)
+    if pid := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        continue
+    output = os.open(job["output"], os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1), os.dup2(output, 2)
+    os.environ.update(job["environment"])
+    print(*train.choose_attention(torch.device("cuda"), False), flush=True)
+    os._exit(0)
 """
 
 
-def choose(tmp_path, endpoint, **environment):
-    """Choose in a process of its own, with an empty cache the first time: the hub's address is read on import."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "LOCAL_KERNELS", "AUTORESEARCH_"))}
-    settings = inherited | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache")} | environment
-    command = [sys.executable, "-c", CHOOSE]
-    return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=60)
+@pytest.fixture(scope="module")
+def chooser():
+    prefixes = ("HF_", "LOCAL_KERNELS", "AUTORESEARCH_ATTENTION")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(prefixes)}
+    command = [sys.executable, "-c", CHOOSER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as process:
+        yield process
+        process.stdin.close()
 
 
-def test_a_kernel_is_downloaded_once_and_then_needs_no_hub(hub, tmp_path):
-    first = choose(tmp_path, hub.url)
-    assert first.stdout.splitlines()[0] == "downloading kernels-community/flash-attn3, once"
-    assert first.stdout.splitlines()[-1].startswith("flash3 ")
-    assert first.stderr == ""
+@pytest.fixture
+def choose(chooser, tmp_path):
+    """Choose on a Hopper GPU, with a cache of this test's own; return all lines of output."""
+
+    def run(endpoint, **environment):
+        output = tmp_path / "output"
+        output.unlink(missing_ok=True)
+        settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache")}
+        job = {"output": str(output), "environment": settings | environment}
+        print(json.dumps(job), file=chooser.stdin, flush=True)
+        assert chooser.stdout.readline() == "0\n", output.read_text()
+        return output.read_text().splitlines()
+
+    return run
+
+
+def test_a_kernel_is_downloaded_once_and_then_needs_no_hub(hub, choose):
+    first = choose(hub.url)
+    assert first[0] == f"downloading {train.FLASH_KERNEL['repo_id']}, once"
+    assert first[1].startswith("flash3 ")
+    assert len(first) == 2
     asked = len(hub.asked)
-    assert choose(tmp_path, hub.url).stdout.startswith("flash3 ")
+    assert choose(hub.url)[0].startswith("flash3 ")
     assert len(hub.asked) == asked
     hub.shutdown()
     hub.server_close()
     for offline in ("0", "1"):
-        again = choose(tmp_path, hub.url, HF_HUB_OFFLINE=offline)
-        assert again.stdout.startswith("flash3 ")
-        assert again.stderr == ""
+        (line,) = choose(hub.url, HF_HUB_OFFLINE=offline)
+        assert line.startswith("flash3 ")
 
 
-def test_a_publisher_who_is_not_trusted_is_not_loaded(hub, tmp_path):
+def test_a_kernel_of_an_untrusted_publisher_is_not_loaded(hub, choose):
     hub.trusted = False
-    seen = choose(tmp_path, hub.url)
-    assert "not from a trusted publisher" in seen.stdout.splitlines()[-1]
+    assert "not from a trusted publisher" in choose(hub.url)[-1]
     assert not any("/resolve/" in path for path in hub.asked)
 
 
-def test_without_a_hub_one_line_says_so(tmp_path):
+def test_without_a_hub_one_line_says_so(choose):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers
-        for endpoint in ("http://127.0.0.1:1", f"http://127.0.0.1:{silent.getsockname()[1]}", "http://hub.invalid"):
-            seen = choose(tmp_path, endpoint)
-            assert seen.returncode == 0
-            assert seen.stderr == ""
-            (line,) = seen.stdout.splitlines()
-            assert line.startswith("flex flash-attention 3 does not work: ")
-    offline = choose(tmp_path, "http://127.0.0.1:1", HF_HUB_OFFLINE="1")
-    assert offline.stdout.startswith("flex ")
+        port = silent.getsockname()[1]
+        for endpoint in ("http://127.0.0.1:1", f"http://127.0.0.1:{port}", "http://hub.invalid"):
+            (line,) = choose(endpoint)
+            assert line.startswith("sdpa flash3 does not work: ")
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "matmul"])
-def test_the_environment_forces_a_backend(tmp_path, backend):
-    seen = choose(tmp_path, "http://127.0.0.1:1", AUTORESEARCH_ATTENTION=backend)
-    assert seen.stdout == f"{backend} AUTORESEARCH_ATTENTION says so\n"
-
-
-def test_a_forced_backend_that_does_not_work_ends_the_run_in_one_line(tmp_path):
-    for backend, reason in (("flash3", "ConnectionError|NewConnectionError|MaxRetryError"), ("flex", "backward")):
-        seen = choose(tmp_path, "http://127.0.0.1:1", AUTORESEARCH_ATTENTION=backend)
-        assert seen.returncode == 1
-        line = seen.stderr.splitlines()[-1]
-        assert line.startswith(f"AUTORESEARCH_ATTENTION={backend} does not work: ")
-        assert re.search(reason, line)
-        assert "Traceback" not in seen.stderr
-
-
-def test_a_backend_that_there_is_not_is_refused(monkeypatch):
-    monkeypatch.setattr(train, "FORCED_BACKEND", "flash2")
-    with pytest.raises(SystemExit, match=r"'flash2' must be one of .*flash3.*AUTORESEARCH_ATTENTION"):
-        train.check_knobs(256)
+def test_without_permission_the_hub_is_not_asked(hub, choose):
+    (line,) = choose(hub.url, HF_HUB_OFFLINE="1")
+    assert line.startswith("sdpa flash3 does not work: ")
+    assert hub.asked == []
