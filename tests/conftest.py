@@ -17,17 +17,11 @@ for name in ("AUTORESEARCH_CORPUS", "HF_TOKEN", "HF_ENDPOINT"):
 
 import prepare  # noqa: E402  found through the lines above
 
-# The tests use a CPU's configuration, also on a machine with a GPU; those marked gpu name their device.
+# The tests use a CPU's settings, also on a machine with a GPU; those marked gpu name their device.
 prepare.get_device = lambda: torch.device("cpu")
+torch.set_num_threads(1)  # small tensors: threads that wait for each other cost more than they bring
 
-SHIPPED = (
-    "prepare.py",
-    "program.md",
-    ".gitignore",
-    ".python-version",
-    "pyproject.toml",
-    "uv.lock",
-)
+SHIPPED = ("prepare.py", "program.md", ".gitignore", ".python-version", "pyproject.toml", "uv.lock")
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
 
 
@@ -104,9 +98,11 @@ def replace(path, before, after):
 
 
 def make_clone(path, train="tests/tiny_train.py", seconds=0.5, limit=60):
-    """What a user has after git clone, on main; a run trains for `seconds`, and has locks of its own."""
+    """What a user has after git clone; a run trains for `seconds`, and has locks of its own."""
     path.mkdir(parents=True)
-    shutil.copytree(ROOT / "harness", path / "harness", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "harness", path / "harness", ignore=shutil.ignore_patterns("__pycache__")
+    )
     for name in SHIPPED:
         shutil.copy(ROOT / name, path)
     shutil.copy(ROOT / train, path / "train.py")

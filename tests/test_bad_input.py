@@ -1,13 +1,21 @@
-"""What a user can get wrong: one message that says what was seen and what to do, exit 1, nothing half-written."""
+"""What a user can get wrong: one message with what was seen and what to do, nothing lost."""
 
 import json
+import os
+import re
+import resource
 import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import prepare
+
+NOBODY = 65534
 
 
 @pytest.fixture
@@ -16,227 +24,315 @@ def text_folder(tmp_path, folder):
     return shutil.copytree(folder / "algorithms" / "tests", tmp_path / "text")
 
 
-def write_bad_folder(kind, path):
-    if kind == "binary":
-        (path / "a.txt").write_bytes(bytes(range(256)) * 100)
-        (path / "b.md").write_bytes(b"\xff\xfe latin \xe4\xf6\xfc" * 100)
-    elif kind == "parquet without text":
-        pq.write_table(pa.table({"body": ["a"], "id": [1]}), path / "a.parquet")
-    elif kind == "parquet of bytes":
-        pq.write_table(pa.table({"text": [b"\xff\xfe"]}), path / "a.parquet")
-    elif kind == "parquet of broken UTF-8":
-        broken = pa.array([b"\xff\xfe" * 10]).view(pa.string())
-        pq.write_table(pa.table({"text": broken}), path / "a.parquet")
-    elif kind == "damaged parquet":
-        (path / "a.parquet").write_bytes(b"PAR1" + b"\0" * 500)
-    elif kind == "jsonl without text":
-        (path / "a.jsonl").write_text('{"text": "fine"}\n{"body": "not"}\n')
-    elif kind == "jsonl of brackets":
-        (path / "a.jsonl").write_text("[" * 200_000 + "]" * 200_000)
-    elif kind == "jsonl that is none":
-        (path / "a.jsonl").write_text("hello\n")
-    elif kind == "too small":
-        (path / "a.txt").write_text("a few words\n\n" * 50)
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("empty", r"no text in it\. Read are, at any depth: .*\.jsonl"),
-        ("binary", "there is no text that could be read"),
-        ("parquet without text", r"a\.parquet: no column text; its columns are body, id"),
-        ("parquet of bytes", r"a\.parquet: its column text is of the type binary, not string"),
-        ("parquet of broken UTF-8", r"a\.parquet: not a readable parquet file"),
-        ("damaged parquet", r"a\.parquet: not a readable parquet file"),
-        ("jsonl without text", r'a\.jsonl:2: expected a JSON object with a text under "text"'),
-        ("jsonl of brackets", r"a\.jsonl:1: expected a JSON object"),
-        ("jsonl that is none", r"a\.jsonl:1: expected a JSON object"),
-        ("too small", "too small: a few hundred KB are the least"),
-    ],
-)
-def test_a_folder_that_can_not_be_a_corpus_is_refused(tmp_path, cache, kind, message):
-    write_bad_folder(kind, tmp_path)
-    corpus, _ = prepare.choose_corpus(str(tmp_path))
-    with pytest.raises(SystemExit, match=message):
-        prepare.prepare(corpus)
-    left = {path.name for path in corpus.directory.glob("*")} if corpus.directory.exists() else set()
-    assert not {name for name in left if name.endswith((".part", ".tokens", "val_rows.bin"))}
+def choose(folder):
+    return prepare.choose_corpus(str(folder))
 
 
-def test_binary_files_among_text_are_skipped_and_said(text_folder, cache, capsys):
-    write_bad_folder("binary", text_folder)
-    corpus, _ = prepare.choose_corpus(str(text_folder))
-    prepare.prepare(corpus)
-    assert "files that are not UTF-8 text" in capsys.readouterr().out
+def refusal(use, *arguments):
+    """The message that a command ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        use(*arguments)
+    return str(stopped.value)
+
+
+# Text that is none ------------------------------------------------------------------------------
+
+
+def parquet_of(**columns):
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+BROKEN_UTF8 = pa.array([b"\xff\xfe" * 10]).view(pa.string())
+CATEGORIES = pa.array(["a", "b"]).dictionary_encode()
+NO_PARQUET, NO_JSON = 'expected a parquet file with strings in a column "text"', "expected a JSON"
+BAD_FILES = {
+    "parquet without the column": ("a.parquet", parquet_of(body=["a"]), f"{NO_PARQUET}.*text"),
+    "parquet of bytes": ("a.parquet", parquet_of(text=[b"\xff\xfe"]), f"{NO_PARQUET}.*binary"),
+    "parquet of integers": ("a.parquet", parquet_of(text=[1, 2]), f"{NO_PARQUET}.*int64"),
+    "parquet of categories": ("a.parquet", parquet_of(text=CATEGORIES), NO_PARQUET),
+    "parquet of broken UTF-8": ("a.parquet", parquet_of(text=BROKEN_UTF8), NO_PARQUET),
+    "damaged parquet": ("a.parquet", b"PAR1" + b"\0" * 500, NO_PARQUET),
+    "empty parquet": ("a.parquet", b"", NO_PARQUET),
+    "jsonl without the key": ("a.jsonl", b'{"text": "fine"}\n{"body": "not"}\n', f":2: {NO_JSON}"),
+    "jsonl of a list": ("a.jsonl", b'["text"]\n', f":1: {NO_JSON}"),
+    "jsonl of a string": ("a.jsonl", b'"text"\n', f":1: {NO_JSON}"),
+    "jsonl of no text": ("a.jsonl", b'{"text": null}\n', f":1: {NO_JSON}"),
+    "jsonl of a number": ("a.jsonl", b'{"text": 5}\n', f":1: {NO_JSON}"),
+    "jsonl of brackets": ("a.jsonl", b"[" * 200_000, f":1: {NO_JSON}"),
+    "jsonl of broken UTF-8": ("a.jsonl", b'{"text": "\xff"}\n', f":1: {NO_JSON}"),
+    "jsonl that is none": ("a.jsonl", b"hello\n", f":1: {NO_JSON}"),
+    "nothing": (".hidden", b"", r"no text in it, at any depth\. Read are .*\.jsonl"),
+    "pictures": ("a.png", b"\x89PNG", r"no text in it, at any depth\. Read are .*\.jsonl"),
+    "an empty file": ("a.txt", b"", "too small: it takes a few hundred KB"),
+    "a few words": ("a.txt", b"a few words\n\n" * 50, "too small: it takes a few hundred KB"),
+    "only binary files": ("a.txt", bytes(range(256)) * 100, "too small: it takes a few hundred KB"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_folder_that_can_not_be_a_corpus_is_refused(tmp_path, empty_cache, kind):
+    name, data, message = BAD_FILES[kind]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / name).write_bytes(data)
+    assert re.search(message, refusal(prepare.prepare, choose(tmp_path / "text")))
+    assert not list(empty_cache.rglob("manifest.json"))
+
+
+def test_text_that_is_all_held_out_can_not_be_trained_on(tmp_path, empty_cache):
+    line = json.dumps({"text": "the same words again " * 3000}) + "\n"
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "all.jsonl").write_text(line * 60)
+    assert "nothing is left to train on" in refusal(prepare.prepare, choose(tmp_path / "text"))
+
+
+@pytest.mark.parametrize("data", [b"nul \0 in it", b"\xff\xfe latin \xe4", b"cut \xf0\x9f\x98"])
+def test_a_binary_file_among_text_is_skipped_and_said(text_folder, empty_cache, capsys, data):
+    sources = prepare.find_sources(choose(text_folder))
+    sources[0].path.write_bytes(data)
+    prepare.prepare(choose(text_folder))
+    seen = rf"skipped 1 files that are not UTF-8 text, the first is {sources[0].path} \("
+    assert re.search(seen, capsys.readouterr().out)
+
+
+def test_a_cache_in_the_folder_is_no_text_of_it(text_folder, monkeypatch):
+    before = prepare.find_sources(choose(text_folder))
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(text_folder / "cache"))
+    prepare.prepare(choose(text_folder))
+    assert (text_folder / "cache" / "tokens").exists()
+    assert prepare.find_sources(choose(text_folder)) == before
+
+
+# Arguments --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--corpus", "/nowhere"], "corpus /nowhere: not climbmix, not python, and not a folder: /nowhere"),
-        (["--shards", "3", "--corpus", "python"], "--shards 3 with python: only climbmix has shards"),
-        (["--shards", "0", "--corpus", "climbmix"], "--shards 0 with climbmix: only climbmix has shards, 1 to 6542"),
-        (["--shards", "many"], "invalid int value: 'many'"),
-        (["frobnicate"], "frobnicate: expected nothing to prepare, check, log, or log keep|discard|crash"),
-        (["log", "kept", "a run"], "log kept a run: expected nothing to prepare, check, log, or"),
+        (["--corpus", "/nowhere"], "corpus /nowhere: not climbmix, not python, and no folder"),
+        (["--corpus", "~nobody-here/x"], "not climbmix, not python, and no folder"),
+        (["--corpus", "python", "--shards", "3"], "--shards 3 with python: only climbmix has"),
+        (["--corpus", "climbmix", "--shards", "0"], "--shards 0 with climbmix: .* 1 to 6542"),
+        (["--corpus", "climbmix", "--shards", "many"], "invalid int value: 'many'"),
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["check", "everything"], r"unexpected: \['everything'\]"),
     ],
 )
-def test_wrong_arguments_are_explained(command, arguments, message):
-    result = command("prepare.py", *arguments)
-    assert result.returncode in (1, 2)
-    assert message in result.stdout
-    assert "Traceback" not in result.stdout
+def test_wrong_arguments_are_explained(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("sys.argv", ["prepare.py", *arguments])
+    assert re.search(message, refusal(prepare.main) + capsys.readouterr().err)
 
 
-def test_help_shows_every_command(command):
-    result = command("prepare.py", "--help")
-    assert result.returncode == 0
-    for word in ("--corpus", "--shards", "check", "log"):
-        assert word in result.stdout
+def test_help_shows_every_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["prepare.py", "--help"])
+    assert refusal(prepare.main) == "0"
+    shown = capsys.readouterr().out
+    assert all(f"uv run prepare.py {word}" in shown for word in ("check", "log", "runs", "audit"))
+    assert "--corpus" in shown
+    assert "--shards" in shown
 
 
-@pytest.mark.parametrize("where", ["a file", "a place of the kernel's"])
-def test_a_cache_folder_that_can_not_be_written_is_said(command, tmp_path, text_folder, where):
+# A cache that can't be written ------------------------------------------------------------------
+
+ADVICE = "give access, free some space, or set AUTORESEARCH_CACHE"
+
+
+@contextmanager
+def unprivileged():
+    """Be a user whom the modes of files bind, unlike root."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def own_folder(folder, monkeypatch):
+    """A folder of text and an empty cache that `unprivileged` may read and write."""
+    path = Path(tempfile.mkdtemp())
+    shutil.copytree(folder / "algorithms" / "tests", path / "text")
+    (path / "cache").mkdir()
+    if os.geteuid() == 0:
+        for place in (path, *path.rglob("*")):
+            os.chown(place, NOBODY, NOBODY)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(path / "cache"))
+    yield path
+    shutil.rmtree(path)
+
+
+def test_the_command_that_can_not_write_its_cache_exits_with_1(command, tmp_path, text_folder):
     (tmp_path / "file").touch()
-    cache = {"a file": tmp_path / "file" / "cache", "a place of the kernel's": "/proc/autoresearch"}[where]
-    own_lock = "prepare.DEVICE_LOCK = os.environ['LOCKS'] + '/%s.lock'"
-    for script in (["prepare.py"], ["-c", f"import os, prepare; {own_lock}; import train; train.main()"]):
-        result = command(*script, "--corpus", text_folder, AUTORESEARCH_CACHE=cache, LOCKS=tmp_path)
-        assert result.returncode == 1
-        assert "can't write to" in result.stdout
-        assert "set AUTORESEARCH_CACHE to a folder that can be written" in result.stdout
-        assert "Traceback" not in result.stdout
-
-
-def test_a_full_disk_is_said_and_leaves_nothing_half_written(command, tmp_path, text_folder):
-    script = "import resource, prepare; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); prepare.main()"
-    result = command("-c", script, "--corpus", text_folder, AUTORESEARCH_CACHE=tmp_path / "cache")
+    result = command("prepare.py", "--corpus", text_folder, AUTORESEARCH_CACHE=tmp_path / "file")
     assert result.returncode == 1
-    assert "can't write to" in result.stdout
-    assert "Free some space" in result.stdout
+    assert ADVICE in result.stdout
     assert "Traceback" not in result.stdout
-    (directory,) = (tmp_path / "cache").iterdir()
-    names = {path.name for path in directory.iterdir()}
-    assert (
-        {"lock", "manifest.json", "tokenizer.json"}
-        <= names
-        <= {"lock", "manifest.json", "tokenizer.json", "val_rows.bin"}
-    )
-    assert command("prepare.py", "--corpus", text_folder, AUTORESEARCH_CACHE=tmp_path / "cache").returncode == 0
 
 
-# a cache that was damaged: check names the file, prepare.py mends it, train.py what it sees without reading all of it
+@pytest.mark.parametrize("kind", ["in a file", "a loop", "of the kernel"])
+def test_a_cache_folder_that_can_not_be_made_is_said(tmp_path, text_folder, monkeypatch, kind):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    places = {"in a file": tmp_path / "file" / "x", "a loop": tmp_path / "loop"}
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(places.get(kind, "/proc/autoresearch")))
+    assert ADVICE in refusal(lambda: prepare.prepare(choose(text_folder)))
 
 
-def spoil(path, how):
-    data = path.read_bytes()
-    if how == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(data[:-10] if how == "truncated" else data[:40] + bytes([data[40] ^ 4]) + data[41:])
+def test_a_cache_that_may_only_be_read_is_said_and_serves_while_it_is_whole(own_folder):
+    (own_folder / "cache").chmod(0o500)
+    with unprivileged():
+        assert ADVICE in refusal(prepare.prepare, choose(own_folder / "text"))
+    (own_folder / "cache").chmod(0o700)
+    prepare.prepare(choose(own_folder / "text"))
+    for place in (own_folder / "cache").rglob("*"):
+        place.chmod(0o555 if place.is_dir() else 0o444)
+    with unprivileged():
+        prepare.prepare(choose(own_folder / "text"))
+        assert prepare.Tokenizer(choose(own_folder / "text")).get_vocab_size() == 4096
 
 
-def use(corpus):
-    """What train.py does with a corpus before it trains."""
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_text_that_may_not_be_read_is_named_and_not_left_out(own_folder, kind):
+    (own_folder / "text" / "more").mkdir()
+    locked = {"folder": own_folder / "text" / "more", "file": own_folder / "text" / "secret.txt"}
+    (own_folder / "text" / "secret.txt").write_text("a secret")
+    locked[kind].chmod(0)
+    with unprivileged():
+        message = refusal(lambda: prepare.prepare(choose(own_folder / "text")))
+    locked[kind].chmod(0o700)
+    assert str(locked[kind]) in message
+    assert ADVICE in message
+
+
+def test_a_full_disk_is_said_and_what_is_finished_is_kept(text_folder, empty_cache):
+    corpus, limits = choose(text_folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        message = refusal(prepare.prepare, corpus)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ADVICE in message
+    names = {path.name for path in corpus.directory.iterdir() if path.suffix != ".part"}
+    assert {"tokenizer.json"} <= names <= {"tokenizer.json", "val_rows.bin"}
+    stamp = (corpus.directory / "tokenizer.json").stat().st_mtime_ns
+    prepare.prepare(corpus, thorough=True)
+    assert (corpus.directory / "tokenizer.json").stat().st_mtime_ns == stamp
+    assert not list(corpus.directory.glob("*.part"))
+
+
+# A cache that was damaged -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """A folder of text and its cache, which no test changes."""
+    path = tmp_path_factory.mktemp("whole")
+    shutil.copytree(folder / "algorithms" / "tests", path / "text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_CACHE", str(path / "cache"))
+        prepare.prepare(choose(path / "text"))
+    return path
+
+
+@pytest.fixture
+def corpus(whole, empty_cache):
+    """A prepared corpus that a test may damage."""
+    shutil.copytree(whole / "cache", empty_cache)
+    return choose(whole / "text")
+
+
+def check(corpus, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["prepare.py", "check", "--corpus", corpus.folder])
+    prepare.main()
+
+
+def train(corpus):
+    """What a run does with a corpus before it trains."""
     prepare.prepare(corpus)
     prepare.Tokenizer(corpus)
     prepare.read_val_rows(corpus)
 
 
+def content(corpus):
+    return {path.name: path.read_bytes() for path in corpus.directory.iterdir()}
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(data[:-10])
+    else:
+        path.write_bytes(data[:40] + bytes([data[40] ^ 4]) + data[41:])
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "val_rows.bin", "train_00000.tokens"])
 @pytest.mark.parametrize("how", ["missing", "truncated", "one flipped bit"])
-def test_a_damaged_cache_is_found_and_mended(tmp_path, text_folder, monkeypatch, name, how, capsys):
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    corpus, _ = prepare.choose_corpus(str(text_folder))
-    prepare.prepare(corpus)
-    whole = (corpus.directory / prepare.MANIFEST).read_text()
-    spoil(corpus.directory / name, how)
-    found = f"{corpus.directory / name} is {'missing' if how == 'missing' else 'damaged'}(.|\n)*uv run prepare.py"
-    for arguments in (["check", "--corpus", str(text_folder)], ["--corpus", str(text_folder), "check"]):
-        monkeypatch.setattr("sys.argv", ["prepare.py", *arguments])
-        with pytest.raises(SystemExit, match=found):
-            prepare.main()
-    if how == "one flipped bit" and name != "train_00000.tokens":  # a bit of 80 MB is what check is for
-        with pytest.raises(SystemExit, match=f"{name} is damaged"):
-            use(corpus)
-    else:
-        use(corpus)  # what is missing or too short is made again without a word from the user
+def test_a_damaged_cache_is_found_and_fixed(corpus, monkeypatch, name, how):
+    before = content(corpus)
+    damage(corpus.directory / name, how)
+    message = f"missing or damaged in {corpus.directory}: {name}. `{corpus.command}` makes"
+    assert message in refusal(check, corpus, monkeypatch)
+    if how != "one flipped bit":
+        train(corpus)  # what is missing or too short is made again without a word from the user
+    elif name != "train_00000.tokens":  # a bit of those is what check is for
+        assert f"{name} is missing or damaged: `{corpus.command}`" in refusal(train, corpus)
     prepare.prepare(corpus, thorough=True)
-    assert json.loads((corpus.directory / prepare.MANIFEST).read_text()) == json.loads(whole)
-    prepare.main()
-    assert prepare.harness_fingerprint(corpus) in capsys.readouterr().out
+    assert content(corpus) == before
+    check(corpus, monkeypatch)
 
 
-def test_a_damaged_manifest_is_said(tmp_path, text_folder, monkeypatch):
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    corpus, _ = prepare.choose_corpus(str(text_folder))
+@pytest.mark.parametrize("name", ["tokenizer.json", "val_rows.bin", "train_00000.tokens"])
+def test_a_flipped_bit_anywhere_in_a_file_is_found(corpus, name):
+    path, data = corpus.directory / name, (corpus.directory / name).read_bytes()
+    for bit in (0, 8 * len(data) - 1, *range(0, 8 * len(data), len(data) // 2 + 1)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        assert prepare.find_damaged(corpus, thorough=True) == [name]
+
+
+@pytest.mark.parametrize("step", [37, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_flipped_bit_in_the_manifest_is_found_and_said(corpus, monkeypatch, step):
+    path = corpus.directory / "manifest.json"
+    data = path.read_bytes()
+    for bit in range(8 * data.index(b'"files"'), 8 * len(data), step):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        found = rf"manifest\.json is damaged .*delete it|missing or damaged in {corpus.directory}"
+        assert re.search(found, refusal(check, corpus, monkeypatch)), (bit, bytes(flipped))
+
+
+def test_a_manifest_that_was_deleted_is_made_again_and_nothing_else(corpus):
+    before, manifest = content(corpus), corpus.directory / "manifest.json"
+    stamps = {path: path.stat().st_mtime_ns for path in corpus.directory.iterdir()}
+    manifest.unlink()
     prepare.prepare(corpus)
-    spoil(corpus.directory / prepare.MANIFEST, "truncated")
-    with pytest.raises(SystemExit, match=r"manifest\.json is damaged .* Delete it"):
-        prepare.prepare(corpus)
+    assert content(corpus) == before
+    again = {path: path.stat().st_mtime_ns for path in corpus.directory.iterdir()}
+    assert {path for path in again if again[path] != stamps[path]} == {manifest}
 
 
-def test_check_before_anything_is_prepared_says_so(command, tmp_path, text_folder):
-    result = command("prepare.py", "check", "--corpus", text_folder, AUTORESEARCH_CACHE=tmp_path / "none")
-    assert result.returncode == 1
-    assert "val_rows.bin is missing" in result.stdout
+def test_check_before_anything_is_prepared_says_so(text_folder, empty_cache, monkeypatch):
+    message = refusal(check, choose(text_folder), monkeypatch)
+    assert "tokenizer.json, val_rows.bin, train_00000.tokens. `uv run prepare.py" in message
+    assert not empty_cache.exists()
 
 
-def test_files_of_the_user_in_the_cache_folder_stay(tmp_path, text_folder, monkeypatch):
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    corpus, _ = prepare.choose_corpus(str(text_folder))
-    corpus.directory.mkdir(parents=True)
+def test_files_of_the_user_in_the_cache_folder_stay(corpus):
     (corpus.directory / "thesis.txt").write_text("mine")
-    (corpus.directory / "train_00007.tokens").write_text("of another prepare.py")
-    prepare.prepare(corpus)
+    (corpus.directory / "tokenizer.json").unlink()
+    prepare.prepare(corpus, thorough=True)
     assert (corpus.directory / "thesis.txt").read_text() == "mine"
-    assert not (corpus.directory / "train_00007.tokens").exists()
-
-
-def test_a_cache_in_the_folder_is_no_text_of_it(text_folder, monkeypatch):
-    corpus, _ = prepare.choose_corpus(str(text_folder))
-    before = prepare.find_sources(corpus)
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(text_folder / "cache"))
-    (text_folder / "cache").mkdir()
-    (text_folder / "cache" / "runs.jsonl").write_text("{}\n")
-    assert prepare.find_sources(corpus) == before
-
-
-def test_a_file_that_can_not_be_read_is_not_skipped(text_folder, monkeypatch):
-    corpus, _ = prepare.choose_corpus(str(text_folder))
-    sources = prepare.find_sources(corpus)
-    sources[0].path.unlink()  # as if it were another user's, which root would not notice
-    monkeypatch.setattr(prepare, "find_sources", lambda corpus: sources)
-    with pytest.raises(SystemExit, match=rf"{sources[0].path}: No such file.* Make it readable, or take it away"):
-        prepare.prepare(corpus)
-
-
-def test_text_that_is_all_held_out_is_ready_neither_for_prepare_nor_for_check(tmp_path, monkeypatch):
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    text = json.dumps({"text": "the same words again " * 3000}) + "\n"
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "all.jsonl").write_text(text * 60)
-    corpus, _ = prepare.choose_corpus(str(tmp_path / "text"))
-    for use in (prepare.prepare, prepare.check):
-        with pytest.raises(SystemExit, match="no text to train on"):
-            use(corpus)
-
-
-@pytest.mark.parametrize("setting", ["--corpus", "AUTORESEARCH_CACHE"])
-@pytest.mark.parametrize("value", ["~nobody-here/x", "loop"])
-def test_a_path_that_leads_nowhere_is_said(tmp_path, text_folder, monkeypatch, setting, value):
-    (tmp_path / "loop").symlink_to("loop")
-    value = str(tmp_path / value) if value == "loop" else value
-    monkeypatch.chdir(tmp_path)
-    if setting == "--corpus":
-        with pytest.raises(SystemExit, match="not climbmix, not python, and not a folder"):
-            prepare.choose_corpus(value)
-    else:
-        monkeypatch.setenv(setting, value)
-        corpus, _ = prepare.choose_corpus(str(text_folder))
-        if value.endswith("loop"):
-            with pytest.raises(SystemExit, match="can't write to"):
-                prepare.prepare(corpus)
-        else:
-            prepare.prepare(corpus)  # a folder of this name
-            assert corpus.directory.is_relative_to(tmp_path)

@@ -1,4 +1,4 @@
-"""A train.py that learns for as long as the clock says and is done in seconds: what a clone in a test runs.
+"""A train.py that is done in seconds: what a clone in a test runs.
 
 Tests of the judge and the ledger use it instead of the shipped train.py, which an agent may change.
 """
