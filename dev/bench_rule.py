@@ -1,9 +1,10 @@
-"""What program.md's rule for keeping costs and brings, in simulated nights: false keeps, and true gain.
+"""What program.md's rule for keeping costs and brings, in simulated nights.
 
-uv run tests/bench_rule.py        # 1500 nights of each kind, 10 s
+uv run dev/bench_rule.py        # 1500 nights of each kind, 10 s
 
-A night begins with three seeds of a baseline and tries a hundred ideas. A run shows the truth plus noise of standard
-deviation 1; the noise is estimated from what was run with several seeds, as prepare.py does it.
+A night starts with three seeds of a baseline and tries a hundred ideas. A run shows the truth plus
+noise of standard deviation 1. The noise is estimated from what was run with several seeds, as
+harness/record.py does it. Printed are false keeps and true gains.
 """
 
 import math
@@ -24,7 +25,9 @@ RULES = {  # difference below which more seeds are run, how many, and below whic
 }
 
 
-def night(rng: np.random.Generator, effects: list[float], first: float, more: int, limit: float) -> tuple:
+def night(
+    rng: np.random.Generator, effects: list[float], first: float, more: int, limit: float
+) -> tuple:
     """Return (kept ideas, runs, true gain) of one night."""
     baseline = rng.normal(size=3)
     best, seeds_best, truth, kept, runs = baseline.mean(), 3, 0.0, 0, 3
@@ -35,7 +38,9 @@ def night(rng: np.random.Generator, effects: list[float], first: float, more: in
         if difference < first and more:
             seen = np.append(seen, rng.normal(truth + effect, size=more))
             squares, freedom = squares + ((seen - seen.mean()) ** 2).sum(), freedom + more
-            difference = (seen.mean() - best) / math.sqrt(squares / freedom * (1 / len(seen) + 1 / seeds_best))
+            difference = (seen.mean() - best) / math.sqrt(
+                squares / freedom * (1 / len(seen) + 1 / seeds_best)
+            )
         runs += len(seen)
         if difference < limit:
             best, seeds_best, truth, kept = seen.mean(), len(seen), truth + effect, kept + 1
@@ -44,10 +49,15 @@ def night(rng: np.random.Generator, effects: list[float], first: float, more: in
 
 def main() -> None:
     rng = np.random.default_rng(42)
-    print(f"{'keep if the difference is below':<34}{'false keeps':>12}{'gain':>6}{'runs':>6}{'gain in 100 runs':>18}")
+    line = "{:<34}{:>12}{:>6}{:>6}{:>18}"
+    columns = ("false keeps", "gain", "runs", "gain in 100 runs")
+    print(line.format("keep if the difference is below", *columns))
     for name, rule in RULES.items():
-        nothing, mixed = (np.mean([night(rng, e, *rule) for _ in range(NIGHTS)], axis=0) for e in (NOTHING, MIXED))
-        print(f"{name:<34}{nothing[0]:>12.2f}{mixed[2]:>6.1f}{mixed[1]:>6.0f}{100 * mixed[2] / mixed[1]:>18.1f}")
+        nothing, mixed = (
+            np.mean([night(rng, e, *rule) for _ in range(NIGHTS)], axis=0) for e in (NOTHING, MIXED)
+        )
+        gain = f"{mixed[2]:.1f}", f"{mixed[1]:.0f}", f"{100 * mixed[2] / mixed[1]:.1f}"
+        print(line.format(name, f"{nothing[0]:.2f}", *gain))
 
 
 if __name__ == "__main__":
