@@ -618,14 +618,13 @@ def muon_update(
     new_size = step.norm(dim=(-2, -1), keepdim=True)
     step = step * (size / new_size.clamp(min=1e-10))
 
-    shape_factor = max(1.0, p.size(1) / p.size(2)) ** 0.5
-    lr = settings["lr"] * shape_factor
+    lr = settings["lr"] * max(1.0, p.size(1) / p.size(2)) ** 0.5
     agrees = step * p >= 0
     p.sub_(lr * (step + settings["weight_decay"] * agrees * p))
 
 
 def adamw_update(
-    p: Tensor, g: Tensor, mean: Tensor, square: Tensor, step: Tensor | int, settings: dict
+    p: Tensor, g: Tensor, mean: Tensor, square: Tensor, step: Tensor, settings: dict
 ) -> None:
     """Update p, of any dtype, in place as AdamW (https://arxiv.org/abs/1711.05101) in float32."""
     lr, beta1, beta2 = settings["lr"], settings["beta1"], settings["beta2"]
@@ -674,8 +673,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     state["mean"] = torch.zeros_like(p, dtype=torch.float32)
-                    state["square"] = torch.zeros_like(p, dtype=torch.float32)
-                self.adamw(p, p.grad, state["mean"], state["square"], self.steps, settings)
+                    state["square"] = state["mean"].clone()
+                self.adamw(p, p.grad, **state, step=self.steps, settings=settings)
 
     def step_muon(self, params: list[Tensor], settings: dict) -> None:
         """Update the matrices of a group as one stack."""
@@ -685,8 +684,8 @@ class MuonAdamW(torch.optim.Optimizer):
         if not state:
             neuron_dim = -1 if stack.size(1) >= stack.size(2) else -2
             state["velocity"] = torch.zeros_like(stack)
-            state["variance"] = torch.zeros_like(stack).mean(neuron_dim, keepdim=True)
-        self.muon(stack, grads, state["velocity"], state["variance"], settings, self.dtype)
+            state["variance"] = state["velocity"].mean(neuron_dim, keepdim=True)
+        self.muon(stack, grads, **state, settings=settings, dtype=self.dtype)
 
         sizes = [p.numel() // stack[0].numel() for p in params]
         parts = stack.split(sizes)
@@ -829,10 +828,9 @@ def warm_up(run: Run, model: GPT, rows: int, compiled: bool) -> tuple[nn.Module,
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether CUDA, cuBLAS or a CPU ran out of memory, also if a compiler says so."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return any(word in str(error) for word in words)
+    text = f"{type(error)}: {error}"
+    words = ("OutOfMemory", "out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return any(word in text for word in words)
 
 
 def fit_memory(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int]:
@@ -873,7 +871,7 @@ def count_ngrams(run: Run, model: GPT, part: tuple[float, float], limit: int) ->
         targets.append(y.short())
 
     counted = len(ids) * rows * length
-    if not ids or counted < NGRAM_MIN_TOKENS:
+    if counted < NGRAM_MIN_TOKENS:
         return 0
     ids, targets = torch.cat(ids), torch.cat(targets)
     model.ngrams.count(ids.cpu().long(), targets.cpu().long())

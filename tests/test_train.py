@@ -598,7 +598,7 @@ def test_the_rates_are_constant_and_then_fall_linearly():
 # training
 
 
-def train_small(tokenizer, module=train, untrained=None, steps=60):
+def train_small(tokenizer, module=train, untrained=None, steps=30):
     """Loss on the last ten of `steps` batches; groups of kind `untrained` are left alone."""
     torch.manual_seed(0)
     config = module.Config(tokenizer.get_vocab_size(), 64, 2, 32, 16, module.WINDOW_PATTERN)
@@ -799,7 +799,7 @@ def test_a_mistake_in_the_optimizer_surfaces_after_one_attempt(
     tokenizer, monkeypatch, capsys, no_ngrams, compiled
 ):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setattr(train, "adamw_update", lambda *arguments: {}["beta3"])
+    monkeypatch.setattr(train, "adamw_update", lambda *_, **state: {}["beta3"])
     model = small_model(tokenizer.get_vocab_size(), tokenizer.corpus.seq_len, depth=2)
     with pytest.raises(KeyError, match="beta3"):
         train.fit_memory(make_run(tokenizer), model, compiled)
