@@ -15,7 +15,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 
 from harness import audit, ledger, record
 
-# Ledger, runs and audit -------------------------------------------------------------------------
+# Command line -----------------------------------------------------------------------------------
 
 
 def add_corpus_arguments(parser: ArgumentParser) -> None:
@@ -54,7 +54,7 @@ def keep_books() -> int | None:
     return ledger.log(*arguments.words) if arguments.words else ledger.show()
 
 
-if __name__ == "__main__" and sys.argv[1:2] in (["log"], ["runs"], ["audit"]):
+if __name__ == "__main__" and {"log", "runs", "audit"} & {*sys.argv[1:]}:
     sys.exit(keep_books())
 
 import base64
@@ -195,7 +195,7 @@ def fetch(part: Path, url: str) -> None:
     headers |= {"Authorization": f"Bearer {token}"} if token else {}  # not sent on to another host
     with requests.get(url, headers=headers, **STREAM) as answer:
         linked = [r.headers for r in (*answer.history, answer) if "X-Linked-ETag" in r.headers]
-        if not linked and answer.status_code in (200, 401, 403, 404):
+        if not linked and answer.status_code in (200, 206, 401, 403, 404, 416):
             seen = f"{url} answered {answer.status_code} without size and sha256 of a shard"
             raise SystemExit(f"{seen}: is HF_ENDPOINT right, if set, and HF_TOKEN?")
         if answer.status_code != 416:  # then `part` is complete, or longer than the shard
@@ -211,7 +211,7 @@ def fetch(part: Path, url: str) -> None:
         raise requests.RequestException(f"{file_size(part)} of {size} bytes came")
     if file_size(part) != size or sha256_file(part) != sha256:
         part.unlink()
-        raise requests.RequestException("it had another sha256 than the hub's and was thrown away")
+        raise requests.RequestException("its sha256 was not the hub's, so it was deleted")
 
 
 def download(path: Path, corpus: Corpus) -> None:
@@ -255,7 +255,7 @@ def read_shard(corpus: Corpus, name: str) -> Iterator[str]:
 TEXT_SUFFIXES = """.txt .md .py .rst .tex .org .html .htm .xml .pyi .c .h .cc .cpp .hpp .cu .rs .go
     .java .kt .swift .js .ts .jsx .tsx .css .sh .rb .pl .php .lua .r .jl .sql .hs .ml .scala .yaml
     .yml .toml .ini .cfg .parquet .jsonl""".split()
-HOLDOUT = 32  # one file, or document of a file above 1 % of the text, in so many is validation text
+HOLDOUT = 32  # one file in 32 is validation text; of a file above 1 % of all, one document in 32
 TOO_SMALL = "The corpus is too small: it takes a few hundred KB to train and to be judged"
 
 
@@ -274,17 +274,17 @@ def find_sources(corpus: Corpus) -> list[Source]:
     sources = []
     for package in PYTHON_PACKAGES.split() if corpus.name == "python" else ():
         for file in importlib.metadata.files(package):
-            name, is_source = (
-                str(file),
-                file.suffix == ".py" and file.hash and ".." not in file.parts,
-            )
+            name = str(file)
+            is_source = file.suffix == ".py" and file.hash and ".." not in file.parts
             if is_source and name not in PYTHON_LEFT_OUT:
                 sources.append(Source(Path(file.locate()), name, file.size, file.hash.value))
     for path in walk(corpus.folder) if corpus.folder else ():
         name, stat = path.relative_to(corpus.folder).as_posix(), path.stat()
         sources.append(Source(path, name, stat.st_size, str(stat.st_mtime_ns)))
     if not sources and corpus.name != "climbmix":
-        raise SystemExit(f"{corpus.folder}: no text in it, at any depth. Read are {TEXT_SUFFIXES}")
+        raise SystemExit(
+            f"{corpus.folder}: no text in it. These are read: {' '.join(TEXT_SUFFIXES)}"
+        )
     return sorted(sources, key=lambda source: digest(source.name))
 
 
@@ -355,8 +355,8 @@ def read_documents(path: Path, limit: int = 0) -> Iterator[str]:
 def local_documents(sources: list[Source], corpus: Corpus, split: str) -> Iterator[str]:
     """Yield the documents of one split of a local corpus.
 
-    One file in HOLDOUT is held out, but of a large file one document in HOLDOUT. Files that are not
-    UTF-8 text are skipped, and said.
+    One file in HOLDOUT is validation text, but of a large file one document in HOLDOUT. Files that
+    are not UTF-8 text are skipped with a message.
     """
     total, skipped = sum(source.size for source in sources), []
 
@@ -437,7 +437,7 @@ class Tokenizer:
         return self.encoding.decode(list(ids))
 
     def tokens(self) -> list[bytes]:
-        """Return the raw bytes of each id, none for special ones: a text's sum to its length."""
+        """Return the raw bytes of each id, none for special ones: lengths add up to a text's."""
         ordinary = range(self.encoding.n_vocab - len(SPECIAL_TOKENS))
         decoded = map(self.encoding.decode_single_token_bytes, ordinary)
         return [*decoded, *[b""] * len(SPECIAL_TOKENS)]
@@ -455,87 +455,6 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> str:
 
 
 # Token cache ------------------------------------------------------------------------------------
-
-TOKEN_SECTIONS = ("Documents", "Tokenizer", "Token cache")
-
-
-def tokens_key(corpus: Corpus) -> str:
-    """Return a digest of all that decides the tokens: this code, the settings, the source files."""
-    parts = re.split(r"^# ([A-Z][\w ]+) -+$", Path(__file__).read_text("utf-8"), flags=re.MULTILINE)
-    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
-    code = [record.strip_comments(sections[name]) for name in TOKEN_SECTIONS]
-    text = [(source.name, source.size, source.stamp) for source in find_sources(corpus)]
-    settings = (corpus.name, corpus.vocab_size, corpus.seq_len, corpus.eval_tokens)
-    return digest(code, settings, text, CLIMBMIX_REPO)
-
-
-def read_manifest(corpus: Corpus) -> dict[str, dict]:
-    """Return {name: {"size": bytes, "sha256": hex}} of what is prepared; {} if unfinished."""
-    path = corpus.directory / "manifest.json"
-    try:
-        return json.loads(path.read_text())["files"] if path.exists() else {}
-    except (ValueError, KeyError, TypeError) as error:
-        advice = f"delete it, then `{corpus.command}`"
-        raise SystemExit(f"{path} is damaged ({error!r}): {advice}") from None
-
-
-def file_names(corpus: Corpus) -> list[str]:
-    """Return the names of the files that a corpus consists of; a local one has one of tokens."""
-    train = [f"train_{number:05d}.tokens" for number in range(corpus.num_shards or 1)]
-    return ["tokenizer.json", "val_rows.bin", *train]
-
-
-def find_damaged(corpus: Corpus, thorough: bool) -> list[str]:
-    """Return the files without the manifest's size or, if `thorough`, without its sha256."""
-    manifest, names = read_manifest(corpus), file_names(corpus)
-
-    def is_damaged(name: str) -> bool:
-        path, entry = corpus.directory / name, manifest.get(name)
-        if not entry or file_size(path) != entry["size"]:
-            return True
-        return thorough and sha256_file(path) != entry["sha256"]
-
-    with ThreadPoolExecutor() as pool:
-        return list(itertools.compress(names, pool.map(is_damaged, names)))
-
-
-def read_verified(corpus: Corpus, name: str) -> bytes:
-    """Return a prepared file's content. SystemExit if it is not what the manifest says."""
-    path = corpus.directory / name
-    data, entry = path.read_bytes() if path.exists() else b"", read_manifest(corpus).get(name, {})
-    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
-        raise SystemExit(f"{path} is missing or damaged: `{corpus.command}` makes it again")
-    return data
-
-
-def prepare(corpus: Corpus, thorough: bool = False) -> None:
-    """Make what a corpus lacks; if `thorough`, what is damaged. Safe to kill, or to run twice."""
-    try:
-        if not find_damaged(corpus, thorough):
-            return
-        with record.file_lock(cache_root() / "prepare.lock", "waiting for it"):
-            corpus.directory.mkdir(parents=True, exist_ok=True)
-            files = read_manifest(corpus)
-            for name in find_damaged(corpus, thorough):
-                if files.pop(name, None):  # else it is missing, or the manifest was not yet written
-                    (corpus.directory / name).unlink(missing_ok=True)
-            make_files(corpus)
-            write_manifest(corpus, files)
-    except OSError as error:
-        advice = "give access, free some space, or set AUTORESEARCH_CACHE to another folder"
-        raise SystemExit(f"{error}: {advice}. What is finished is kept") from None
-    except KeyboardInterrupt:
-        raise SystemExit(f"stopped. `{corpus.command}` resumes") from None
-
-
-def write_manifest(corpus: Corpus, files: dict[str, dict]) -> None:
-    """Enter all files that are not in it, and the settings, in the manifest."""
-    for name in file_names(corpus):
-        path = corpus.directory / name
-        if name not in files:
-            files[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-    text = json.dumps({"settings": dataclasses.asdict(corpus), "files": files}, indent=1)
-    record.write_file(corpus.directory / "manifest.json", text)
 
 
 def make_files(corpus: Corpus) -> None:
@@ -558,12 +477,12 @@ def make_files(corpus: Corpus) -> None:
             if not rows:
                 raise SystemExit(f"the validation split does not fill a row. {TOO_SMALL}")
             part.write_bytes(np.stack(rows).tobytes())
-    held_out = None
+    val_hashes = None
     for name, documents in zip(names, train, strict=True):
         with make_file(corpus, name) as part:
             if part:
-                held_out = held_out or {document_hash(text) for text in val()}
-                texts = (text for text in documents() if document_hash(text) not in held_out)
+                val_hashes = val_hashes or {document_hash(text) for text in val()}
+                texts = (text for text in documents() if document_hash(text) not in val_hashes)
                 bar = tqdm(texts, desc=name, unit=" documents", disable=None)
                 with part.open("wb") as file:
                     file.writelines(encode_documents(iter(bar), encoding))
@@ -624,6 +543,91 @@ def pack_rows(documents: Documents, length: int) -> Documents:
         yield row, epoch
 
 
+# Prepared files ---------------------------------------------------------------------------------
+
+TOKEN_SECTIONS = ("Documents", "Tokenizer", "Token cache")
+JUDGE_SOURCES = record.judge_sources()  # as they are when this process starts
+
+
+def tokens_key(corpus: Corpus) -> str:
+    """Return a digest of all that decides the tokens: this code, the settings, the source files."""
+    parts = re.split(r"^# ([A-Z][\w ]+) -+$", Path(__file__).read_text("utf-8"), flags=re.MULTILINE)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    code = [record.strip_comments(sections[name]) for name in TOKEN_SECTIONS]
+    text = [(source.name, source.size, source.stamp) for source in find_sources(corpus)]
+    settings = (corpus.name, corpus.vocab_size, corpus.seq_len, corpus.eval_tokens)
+    return digest(code, settings, text, CLIMBMIX_REPO, CLIMBMIX_TRAIN_SHARDS)
+
+
+def read_manifest(corpus: Corpus) -> dict[str, dict]:
+    """Return {name: {"size": bytes, "sha256": hex}} of what is prepared; {} if unfinished."""
+    path = corpus.directory / "manifest.json"
+    try:
+        return json.loads(path.read_text())["files"] if path.exists() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        advice = f"delete it, then `{corpus.command}`"
+        raise SystemExit(f"{path} is damaged ({error!r}): {advice}") from None
+
+
+def file_names(corpus: Corpus) -> list[str]:
+    """Return the names of the files that a corpus consists of; a local one has one of tokens."""
+    train = [f"train_{number:05d}.tokens" for number in range(corpus.num_shards or 1)]
+    return ["tokenizer.json", "val_rows.bin", *train]
+
+
+def find_damaged(corpus: Corpus, thorough: bool) -> list[str]:
+    """Return the files without the manifest's size or, if `thorough`, without its sha256."""
+    manifest, names = read_manifest(corpus), file_names(corpus)
+
+    def is_damaged(name: str) -> bool:
+        path, entry = corpus.directory / name, manifest.get(name)
+        if not entry or file_size(path) != entry["size"]:
+            return True
+        return thorough and sha256_file(path) != entry["sha256"]
+
+    with ThreadPoolExecutor() as pool:
+        return list(itertools.compress(names, pool.map(is_damaged, names)))
+
+
+def read_verified(corpus: Corpus, name: str) -> bytes:
+    """Return a prepared file's content. SystemExit if it is not what the manifest says."""
+    path = corpus.directory / name
+    data, entry = path.read_bytes() if path.exists() else b"", read_manifest(corpus).get(name, {})
+    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+        raise SystemExit(f"{path} is missing or damaged: `{corpus.command}` rebuilds it")
+    return data
+
+
+def prepare(corpus: Corpus, thorough: bool = False) -> None:
+    """Make the missing files; if `thorough`, the damaged ones. Safe to kill, or to run twice."""
+    try:
+        if not find_damaged(corpus, thorough):
+            return
+        with record.file_lock(cache_root() / "prepare.lock", "waiting for it"):
+            corpus.directory.mkdir(parents=True, exist_ok=True)
+            files = read_manifest(corpus)
+            for name in find_damaged(corpus, thorough):
+                if files.pop(name, None):  # else it is missing, or the manifest was not yet written
+                    (corpus.directory / name).unlink(missing_ok=True)
+            make_files(corpus)
+            write_manifest(corpus, files)
+    except OSError as error:
+        advice = "give access, free some space, or set AUTORESEARCH_CACHE to another folder"
+        raise SystemExit(f"{error}: {advice}. What is finished is kept") from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped. `{corpus.command}` resumes") from None
+
+
+def write_manifest(corpus: Corpus, files: dict[str, dict]) -> None:
+    """Enter all files that are not in it, and the settings, in the manifest."""
+    for name in file_names(corpus):
+        path = corpus.directory / name
+        if name not in files:
+            files[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+    text = json.dumps({"settings": dataclasses.asdict(corpus), "files": files}, indent=1)
+    record.write_file(corpus.directory / "manifest.json", text)
+
+
 def harness_digest(corpus: Corpus) -> str:
     """Return 12 hex digits over the judge's code, corpus, tokenizer and validation rows.
 
@@ -632,7 +636,7 @@ def harness_digest(corpus: Corpus) -> str:
     files = read_manifest(corpus)
     made = [files[name]["sha256"] for name in ("tokenizer.json", "val_rows.bin")]
     settings = (corpus.name, corpus.vocab_size, corpus.seq_len, corpus.num_shards)
-    return digest(record.judge_sources(), settings, made)[:12]
+    return digest(JUDGE_SOURCES, settings, made)[:12]
 
 
 # Dataloader -------------------------------------------------------------------------------------
@@ -709,7 +713,7 @@ MAX_MEAN_NOISE = 0.003  # of their mean
 
 @dataclasses.dataclass
 class Probe:
-    """A batch that is asked three times: as it is, with later tokens changed, and at the end."""
+    """A batch on which the model runs as it is, with later tokens changed, and once more."""
 
     batch: int  # its number
     x: Tensor  # (B, T)
@@ -742,13 +746,14 @@ def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> flo
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and afterwards into the mode that it had."""
-    training = model.training
+    """Put a model into evaluation mode, and each module afterwards into the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def judge(model: nn.Module, rows: np.ndarray, tokens: list[bytes], batch_size: int) -> float:
@@ -848,12 +853,6 @@ def refuse_leaks(probes: list[Probe], noise: Tensor) -> None:
         )
 
 
-def digest_tensors(tensors: Iterable[Tensor]) -> str:
-    """Return a digest of all bits of tensors."""
-    data = (t.detach().cpu().reshape(-1).view(torch.uint8).numpy() for t in tensors)
-    return digest([hashlib.sha256(bits).hexdigest() for bits in data])
-
-
 # Main -------------------------------------------------------------------------------------------
 
 
@@ -865,7 +864,7 @@ def main() -> None:
         prepare(corpus, thorough=True)
     elif damaged := find_damaged(corpus, thorough=True):
         seen = f"missing or damaged in {corpus.directory}: {', '.join(damaged)}"
-        raise SystemExit(f"{seen}. `{corpus.command}` makes them again")
+        raise SystemExit(f"{seen}. `{corpus.command}` rebuilds them")
     print(f"ready: {corpus.directory}\nharness: {harness_digest(corpus)}")
 
 

@@ -19,9 +19,10 @@ class Row:
     seeds: list[dict]
 
 
-def read_rows(name: str, runs: list[dict]) -> tuple[list[Row], list[str]]:
+def read_rows(name: str, runs: list) -> tuple[list, list]:
     """Return the rows of a ledger, a file or a branch, and what can't be read, a sentence each."""
-    path, rows, faults = ROOT / name, [], []
+    rows, faults = [], []
+    path = ROOT / name
     text = path.read_text() if path.is_file() else git("show", f"{name}:./results.tsv")
     logged = {run["log"].get("row"): run for run in runs}
     for number, line in enumerate(text.splitlines()[1:], 1):
@@ -30,7 +31,8 @@ def read_rows(name: str, runs: list[dict]) -> tuple[list[Row], list[str]]:
             run = logged.get(line)
             ids = run["log"]["runs"] if run else []
             seeds = [other for other in runs if other["id"] in ids]
-            value = Value(float(val_bpb), len(seeds) or 1)
+            num_seeds = len({other["seed"] for other in seeds})
+            value = Value(float(val_bpb), num_seeds or 1)
             rows.append(Row(number, commit, status, line, value, run, seeds))
         except ValueError:
             faults.append(f"row {number} can't be read: {line[:80]!r}")
@@ -65,18 +67,16 @@ def check_keep(row: Row, best: Row, noise: float) -> list[str]:
     return [f"{seen}, worse by {difference / limit:.2f} x the noise of the difference"]
 
 
-def find_missing(rows: list[Row], runs: list[dict]) -> list[str]:
+def find_missing(rows: list[Row], runs: list) -> list[str]:
     """Find rows that were logged and are not there, and runs that have none."""
     found = [row.run for row in rows if row.run]
     if not found:
         return []
-    texts = {row.text for row in rows}
+    branch, repository = found[-1]["log"]["branch"], found[-1]["repository"]
+    texts, faults = {row.text for row in rows}, []
     versions = {run["train_sha256"] for run in found}
     ids = sorted(run["id"] for run in found)
-    faults, branch = [], found[-1]["log"]["branch"]
-    for run in runs:
-        if run["repository"] != found[-1]["repository"]:
-            continue
+    for run in (run for run in runs if run["repository"] == repository):
         if run["log"].get("branch") == branch and run["log"]["row"] not in texts:
             faults.append(f"logged, but not in the ledger: {run['log']['row']!r}")
         ended = run["status"] == "finished" and ids[0] <= run["id"] <= ids[-1]
@@ -100,7 +100,7 @@ def audit(name: str = "results.tsv") -> list[str]:
             wrong.append("git does not have its commit")
         if row.status == "keep":
             wrong += check_keep(row, best or row, noise)
-            best = min(best or row, row, key=lambda row: row.value)
+            best = row if row.value < (best or row).value else best or row
         faults += [f"row {row.number} ({row.commit}, {row.status}): {each}" for each in wrong]
     return faults + find_missing(rows, runs)
 

@@ -28,7 +28,8 @@ class Ledger:
 
 def read_rows(ref: str) -> list[str]:
     """Return the rows of results.tsv in a commit; none if there is no such commit."""
-    return git("show", f"{ref}:./results.tsv", default="").splitlines()[1:]
+    lines = git("show", f"{ref}:./results.tsv", default="").splitlines()
+    return [line for line in lines[1:] if line.count("\t") == 4]
 
 
 def train_py(ref: str) -> str:
@@ -64,13 +65,11 @@ def read_ledger() -> Ledger:
     """
     branch, base = find_branch()
     runs = record.own_runs(record.read_runs())
-    commits = {entry["commit"] for run in runs for entry in (run, run["log"] or run)}
-    known = git("rev-list", "--no-walk", "--ignore-missing", "HEAD", *filter(None, commits))
-    runs = [run for run in runs if run["commit"] in known]  # others are of a clone that is gone
     logged = [run for run in runs if run["log"].get("branch") == branch]
     logged.sort(key=lambda run: run["log"]["time"])
     rows = [run["log"]["row"] for run in logged]
-    last_log = git("log", "-1", "--format=%H", "--grep=^log ", f"{base}..HEAD", "--", "results.tsv")
+    pattern = ("-E", "--grep=^log (keep|discard|crash): ")
+    last_log = git("log", "-1", "--format=%H", *pattern, f"{base}..HEAD", "--", "results.tsv")
     in_git = read_rows(f"refs/{branch}/ledger")
     if last_log:
         in_git += read_rows(last_log)
@@ -79,11 +78,11 @@ def read_ledger() -> Ledger:
 
 
 def last_run(ledger: Ledger) -> dict:
-    """Return the newest run of this folder. Raises SystemExit if there is none, or it goes on."""
+    """Return the newest run of this folder. SystemExit if there is none, or it is still running."""
     if not ledger.runs:
-        raise SystemExit("nothing to log, as nothing was run here: `uv run train.py`")
+        raise SystemExit("nothing to log, no run here yet: `uv run train.py`")
     if ledger.runs[-1]["status"] == "running":
-        raise SystemExit("a run is going on: wait for its summary, then log it")
+        raise SystemExit("a run is still running: wait for its summary, then log it")
     return ledger.runs[-1]
 
 
@@ -115,7 +114,7 @@ def kept_commit(ledger: Ledger) -> str:
 
 
 def refuse_files(base: str) -> None:
-    """Raise SystemExit if something else than train.py changed on the branch."""
+    """Raise SystemExit if anything but train.py changed on the branch."""
     others = ("--", ".", ":!results.tsv", ":!train.py")
     committed = git("diff", "--name-only", base, "HEAD", *others).splitlines()
     changed = {*committed, *git("diff", "--name-only", base, *others).splitlines()}
@@ -129,7 +128,7 @@ def refuse_files(base: str) -> None:
         if git("hash-object", name, default="") != in_base:
             raise SystemExit(f"{name} is not that of {base[:7]}, though git shows no change in it")
     if stray := git("ls-files", "--others", "--exclude-standard", "--", "*.py"):
-        raise SystemExit(f"no commit has {stray!r}: move what it does into train.py")
+        raise SystemExit(f"{stray!r} is not in git: move what it does into train.py")
 
 
 def refuse_row(run: dict, status: str, ledger: Ledger) -> None:
@@ -137,35 +136,35 @@ def refuse_row(run: dict, status: str, ledger: Ledger) -> None:
     seeds, kept = finished_seeds(run, ledger), kept_commit(ledger)
     head, train_kept = train_py("HEAD"), train_py(kept)
     on_disk = (ROOT / "train.py").read_text(errors="replace").strip()
-    checkout = f"`git reset --hard {run['commit'][:7]}`"
+    again = "`uv run train.py`"
+    back = f"`git reset --hard {run['commit'][:7]}`"
     if status == "crash" and seeds:
-        value = seeds[0]["val_bpb"]
-        raise SystemExit(f"this train.py has a val_bpb, {value:.6f}: log keep or discard instead")
+        raise SystemExit(f"its val_bpb is {seeds[0]['val_bpb']:.6f}: log keep or discard instead")
     if status != "crash" and not seeds:
-        advice = "`uv run train.py`" if is_of(run, on_disk) else f"{checkout}, `uv run train.py`"
+        advice = again if is_of(run, on_disk) else f"{back}, {again}"
         if run["status"] in ("crash", "timeout"):
             advice = "log crash instead"
         raise SystemExit(f"the last run has no val_bpb ({run['status']}): {advice}")
     is_left = head != train_kept or is_of(run, on_disk)
     if status != "keep" and is_left and not is_of(run, train_kept):
         tip = f"refs/{ledger.branch}/ledger"  # the ledger's commit, where it has that train.py
-        back = git("rev-parse", tip) if train_py(tip) == train_kept else kept
-        advice = f"`git reset --hard {back[:7]}`, log again"
+        commit = git("rev-parse", tip) if train_py(tip) == train_kept else kept
+        advice = f"`git reset --hard {commit[:7]}`, log again"
         raise SystemExit(f"the experiment is still in the branch: {advice}")
     refuse_files(ledger.base)
+    if run["judge"] != record.digest(record.judge_sources()):
+        raise SystemExit(f"the last run was judged by other code: {again}")
     kept_runs = [other for other in ledger.logged if other["log"]["status"] == "keep"]
     best = kept_runs[-1] if kept_runs else run
     if status != "crash" and not record.comparable(best, seeds[0]):
-        seen = (
-            f"the last run ({run['harness']}, {run['device']}) does not compare with what was kept"
-        )
-        advice = "run it as that was, or begin anew, `git checkout -b autoresearch/<tag> main`"
+        seen = f"the last run ({run['harness']}, {run['device']}) does not compare with the kept"
+        advice = "use the same corpus and device, or `git checkout -b autoresearch/<tag> main`"
         raise SystemExit(f"{seen} ({best['harness']}, {best['device']}): {advice}")
     if status == "keep" and not is_of(run, head):
-        back = '`git commit -am "<idea>"`' if is_of(run, on_disk) else checkout
+        back = '`git commit -am "<idea>"`' if is_of(run, on_disk) else back
         raise SystemExit(f"HEAD has another train.py than the last run: {back}, log again")
     if status == "keep" and all(other["seed"] != SEED for other in seeds):
-        raise SystemExit(f"a row needs the run with seed {SEED}: `uv run train.py`")
+        raise SystemExit(f"a row needs the run with seed {SEED}: {again}")
 
 
 # Writing ----------------------------------------------------------------------------------------
@@ -213,8 +212,11 @@ def log(status: str, *words: str) -> None:
         ledger = read_ledger()
         run = last_run(ledger)
         if row := find_row(run, ledger):
-            write_ledger(ledger)
             advice = "Edit train.py, commit it, `uv run train.py`"
+            if row in ledger.rows:
+                write_ledger(ledger)
+            else:
+                advice = "It is on another branch; here, `uv run train.py`"
             raise SystemExit(f"nothing to log: the last run has its row, {row!r}. {advice}")
         refuse_row(run, status, ledger)
         run["log"] = new_entry(run, status, description, ledger)
@@ -230,6 +232,6 @@ def show() -> None:
     run, lines = last_run(ledger), {}
     record.print_runs([run])
     if run["status"] == "finished":
-        lines = record.describe_value(run, record.read_runs(), ledger.branch)
+        lines = record.describe_value(run)
     lines["its_row"] = find_row(run, ledger) or "none yet: log it, or run what else it needs"
     print(*(f"{name + ':':<18}{value}" for name, value in lines.items()), sep="\n")

@@ -2,7 +2,7 @@
 
 runs/<id>/train.py       the file as it ran
 runs/<id>/run.json       when, what, on what device, how it ended, and its row in the ledger
-runs/<id>/traceback.txt  what it did when its time was up; its process holds a lock on this file
+runs/<id>/traceback.txt  its stack when the time limit ended it; its process locks this file
 """
 
 import contextlib
@@ -22,19 +22,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from filelock import FileLock, Timeout
-
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 42  # of every experiment; other seeds only confirm one
 
 JUDGE = ("prepare.py", "harness/run.py")  # what decides a val_bpb
-LOCKED = (
-    *JUDGE,
-    "harness/__init__.py",
-    "harness/record.py",
-    "harness/ledger.py",
-    "harness/audit.py",
-)
+BOOKS = [f"harness/{name}.py" for name in ("__init__", "record", "ledger", "audit")]
+LOCKED = (*JUDGE, *BOOKS)
 
 # Files ------------------------------------------------------------------------------------------
 
@@ -60,16 +53,11 @@ def sha256_file(path: Path) -> str:
 def write_file(path: Path, text: str) -> None:
     """Write a file so that it is whole or not there, whatever happens."""
     part = path.with_name(f"{path.name}.part")
-    with part.open("w") as file:
+    with part.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-
-
-def write_pid(file: int) -> None:
-    """Write this process's id into an open lock file."""
-    os.pwrite(file, b"%-10d" % os.getpid(), 0)
 
 
 @contextlib.contextmanager
@@ -79,19 +67,20 @@ def file_lock(path: Path, advice: str, wait: bool = True) -> Iterator[None]:
     Raises SystemExit with the holder's pid if another process has it and `wait` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, mode=0o666, on_acquired=write_pid)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        message = f"{path} is held by process {path.read_text().strip()}: {advice}"
-        if not wait:
-            raise SystemExit(message) from None
-        print(message, flush=True)
-        lock.acquire()
-    try:
+    with path.open("r+" if path.exists() else "a+") as file:
+        with contextlib.suppress(PermissionError):
+            path.chmod(0o666)  # other users of this machine lock it, too
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"{path} is held by process {path.read_text().strip()}: {advice}"
+            if not wait:
+                raise SystemExit(message) from None
+            print(message, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        os.pwrite(file.fileno(), str(os.getpid()).encode(), 0)
         yield
-    finally:
-        lock.release()
 
 
 def strip_comments(source: str) -> str:
@@ -163,13 +152,15 @@ def is_running(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> dict:
-    """Return the record of a run; one that ended without a word was killed, or ran out of time."""
-    run = json.loads((folder / "run.json").read_text())
+    """Return the record of a run; one that ended without a record was killed, or timed out."""
+    path = folder / "run.json"
+    run = json.loads(path.read_text())
     if run["status"] == "running" and not is_running(folder):
-        run = json.loads((folder / "run.json").read_text())  # it may have ended in between
+        run = json.loads(path.read_text())  # it may have ended in between
         if run["status"] == "running":
-            lines = (folder / "traceback.txt").read_text(errors="replace").splitlines()
-            run |= {"status": "timeout" if lines else "killed", "traceback": lines[-20:]}
+            stack = (folder / "traceback.txt").read_text(errors="replace").splitlines()
+            run["status"] = "timeout" if stack else "killed"
+            run["traceback"] = stack[-20:]
     return run
 
 
@@ -180,25 +171,27 @@ def read_runs() -> list[dict]:
         try:
             runs.append(read_run(path.parent))
         except (OSError, ValueError, KeyError) as error:
-            print(f"{path} can't be read and is passed over: {error!r}", file=sys.stderr)
+            print(f"{path} can't be read and is skipped: {error!r}", file=sys.stderr)
     return runs
 
 
 def own_runs(runs: list[dict]) -> list[dict]:
-    """Return the runs of this folder: another worktree or clone has its own."""
-    return [run for run in runs if run["repository"] == str(ROOT)]
+    """Return the runs of this folder that git knows here; others are of a clone that is gone."""
+    own = [run for run in runs if run["repository"] == str(ROOT)]
+    commits = {(run["log"] or run)["commit"] for run in own}
+    known = git("rev-list", "--no-walk", "--ignore-missing", *filter(None, commits), default="")
+    return [run for run in own if (run["log"] or run)["commit"] in known]
 
 
 def print_runs(runs: list[dict]) -> None:
     """Print a table of runs, the newest last."""
-    line = "{:<17}{:<9}{:>5}  {:<9}{:>9}{:>7}  {}"
-    print(line.format("begun (UTC)", "commit", "seed", "status", "val_bpb", "steps", "row"))
+    print("begun", "commit", "seed", "status", "val_bpb", "steps", "row", sep="\t")
     for run in runs:
         value = f"{run['val_bpb']:.6f}" if "val_bpb" in run else ""
+        steps = f"{run['num_steps']:.0f}" if "num_steps" in run else ""
         commit = run["commit"][:7] + "*" * (not run["train_committed"])
-        row = " ".join(run["log"].get("row", "").split("\t")[3:])
-        begun, steps = run["time"][:16].replace("T", " "), f"{run.get('num_steps', 0):.0f}"
-        print(line.format(begun, commit, run["seed"], run["status"], value, steps, row))
+        row = run["log"].get("row", "").split("\t")[3:]
+        print(run["time"], commit, run["seed"], run["status"], value, steps, *row, sep="\t")
     print(f"* not committed; train.py and run.json of each run: {cache_root() / 'runs'}")
 
 
@@ -218,27 +211,31 @@ def comparable(run: dict, other: dict) -> bool:
     return same and other["status"] == "finished"
 
 
-def group_by_version(runs: list[dict]) -> dict[str, dict[int, float]]:
+def group_by_version(runs: list[dict]) -> dict[str, dict]:
     """Return {train_sha256: {seed: val_bpb}}; of several runs of one seed the mean counts."""
     values = defaultdict(lambda: defaultdict(list))
     for run in runs:
         values[run["train_sha256"]][run["seed"]].append(run["val_bpb"])
-    mean = statistics.fmean
-    return {key: {seed: mean(v) for seed, v in seeds.items()} for key, seeds in values.items()}
+    return {
+        version: {seed: statistics.fmean(each) for seed, each in seeds.items()}
+        for version, seeds in values.items()
+    }
 
 
 def average(runs: list[dict]) -> dict[str, Value]:
     """Return {train_sha256: Value} of finished runs."""
-    versions = group_by_version(runs).items()
-    return {key: Value(statistics.fmean(seeds.values()), len(seeds)) for key, seeds in versions}
+    values = {}
+    for version, seeds in group_by_version(runs).items():
+        values[version] = Value(statistics.fmean(seeds.values()), len(seeds))
+    return values
 
 
 def estimate_noise(runs: list[dict]) -> float:
     """Return the standard deviation between seeds, pooled over versions with several; 0 if none."""
-    several = [list(seeds.values()) for seeds in group_by_version(runs).values() if len(seeds) > 1]
-    squares = sum(statistics.variance(values) * (len(values) - 1) for values in several)
-    freedom = sum(len(values) - 1 for values in several)
-    return math.sqrt(squares / freedom) if freedom else 0.0
+    versions = [list(seeds.values()) for seeds in group_by_version(runs).values()]
+    deviations = [value - statistics.fmean(each) for each in versions for value in each]
+    freedom = len(deviations) - len(versions)
+    return math.hypot(*deviations) / math.sqrt(freedom) if freedom else 0.0
 
 
 def noise_of_difference(noise: float, one: Value, other: Value) -> float:
@@ -246,14 +243,15 @@ def noise_of_difference(noise: float, one: Value, other: Value) -> float:
     return noise * math.sqrt(1 / one.seeds + 1 / other.seeds)
 
 
-def describe_value(run: dict, runs: list[dict], branch: str) -> dict[str, str]:
+def describe_value(run: dict) -> dict[str, str]:
     """Return the summary's lines that help to decide: noise, best kept, difference to it.
 
     The noise is that of all runs that compare; values are those of this folder's own runs.
     """
-    alike = [other for other in runs if comparable(run, other) and other["id"] != run["id"]]
-    alike, this, kept, lines = [*alike, run], run["train_sha256"], {}, {}
-    values = average(own_runs(alike))
+    runs, branch = read_runs(), git("branch", "--show-current", default="")
+    alike = [other for other in runs if comparable(run, other)]
+    values, this = average(own_runs(alike)), run["train_sha256"]
+    kept, lines = {}, {}
     for other in own_runs(runs):
         entry, version = other["log"], other["train_sha256"]
         is_kept = (entry.get("branch"), entry.get("status")) == (branch, "keep")
@@ -261,7 +259,7 @@ def describe_value(run: dict, runs: list[dict], branch: str) -> dict[str, str]:
             kept[version] = entry["commit"][:7]
     if noise := estimate_noise(alike):
         lines["noise"] = f"{noise:.6f} (standard deviation between seeds)"
-    if not kept:
+    if not kept or this not in values:  # a full disk may have kept this run off the record
         return lines
     best = min(kept, key=values.get)
     lines["best_kept"] = f"{values[best].mean:.6f} ({kept[best]}, seeds: {values[best].seeds})"

@@ -3,13 +3,10 @@
 import contextlib
 import faulthandler
 import hashlib
-import math
 import os
 import random
 import resource
-import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -27,13 +24,21 @@ from torch import nn
 import prepare
 from harness import record
 from harness.record import ROOT, SEED
-from prepare import TIME_BUDGET
 
 GRACE_SECONDS = 15  # that the last step may take beyond the budget, and finish() after stop()
-RUN_LIMIT = 600  # seconds until a run ends itself; its evaluation has as many again
+RUN_LIMIT = 600  # seconds until a run ends itself; its evaluation has another 600
 DEVICE_LOCK = "/tmp/autoresearch-%s.lock"  # shared by all users and cache folders of a machine
 
+ORDER = "call start(), stop() and finish() once each, in this order"
+WEIGHTS = "weights or buffers changed after stop(), or forward() changes them"
+
 # Clock ------------------------------------------------------------------------------------------
+
+
+def require(holds: object, message: str) -> None:
+    """Raise ValueError with the message if a condition does not hold."""
+    if not holds:
+        raise ValueError(message)
 
 
 def limit_time(file: TextIO) -> None:
@@ -62,16 +67,15 @@ class Run:
     @torch.no_grad()
     def start(self, model: nn.Module) -> None:
         """Start the budget. Raises ValueError if the model has learned before."""
-        self.require_order(not self.started)
+        require(not self.started, ORDER)
         vocab_size, losses = self.tokenizer.get_vocab_size(), []
         rows = torch.from_numpy(prepare.read_val_rows(self.corpus)[:8].astype(np.int64))
         with prepare.evaluating(model):
             for row in rows[:, None]:  # one at a time takes little memory
                 losses.append(prepare.compute_losses(model, row[:, :-1], row[:, 1:], vocab_size, 0))
-        loss, uniform = torch.cat(losses).mean().item(), math.log(vocab_size)
-        if loss < uniform - 0.5:
-            seen = f"its loss is {loss:.2f} nats, that of an untrained one {uniform:.2f}"
-            raise ValueError(f"the model has learned before start(): {seen}. Undo the warm-up")
+        loss, uniform = torch.cat(losses).mean().item(), np.log(vocab_size)
+        seen = f"its loss is {loss:.2f} nats, that of an untrained one {uniform:.2f}"
+        require(loss > uniform - 0.5, f"the model has learned before start(): {seen}")
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -79,31 +83,29 @@ class Run:
 
     def progress(self) -> float:
         """Return the part of the budget that is used, 0 to 1, without waiting for the device."""
-        return min((time.perf_counter() - self.started) / TIME_BUDGET, 1.0)
+        return min((time.perf_counter() - self.started) / prepare.TIME_BUDGET, 1.0)
 
     def stop(self, model: nn.Module) -> None:
         """End the training. Raises ValueError if it took longer than the budget allows."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.require_order(self.started > 0 and not self.weights)
+        require(self.started and not self.weights, ORDER)
         self.seconds = time.perf_counter() - self.started
         self.weights = digest_weights(model)
-        if self.seconds > TIME_BUDGET + GRACE_SECONDS:
-            seen = f"training took {self.seconds:.0f} s instead of {TIME_BUDGET}"
-            raise ValueError(f"{seen}: make steps smaller, and ask progress() before each")
+        seen = f"training took {self.seconds:.0f} s instead of {prepare.TIME_BUDGET}"
+        require(self.seconds <= prepare.TIME_BUDGET + GRACE_SECONDS, f"{seen}: make steps smaller")
         limit_time(self.traceback_file)  # the evaluation has a limit of its own
 
     def finish(
         self, model: nn.Module, batch_size: int, steps: int, tokens: int, depth: int, mfu: float
     ) -> None:
         """Judge the weights of stop(), complete the summary that scripts grep. mfu: per cent."""
-        self.require_order(self.weights != "" and not self.summary)
+        require(self.weights and not self.summary, ORDER)
         waited = time.perf_counter() - self.started - self.seconds
-        if waited > GRACE_SECONDS:
-            raise ValueError(f"finish() came {waited:.0f} s after stop(): at most {GRACE_SECONDS}")
-        self.require_weights(model)
+        require(waited <= GRACE_SECONDS, f"finish() came {waited:.0f} s after stop()")
+        require(digest_weights(model) == self.weights, WEIGHTS)
         val_bpb = prepare.evaluate_bpb(model, self.tokenizer, batch_size)
-        self.require_weights(model)
+        require(digest_weights(model) == self.weights, WEIGHTS)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; on macOS bytes
         memory *= 1 if sys.platform == "darwin" else 2**10
         if self.device.type == "cuda":
@@ -120,20 +122,13 @@ class Run:
             "depth": str(depth),
         }
 
-    def require_order(self, is_so: bool) -> None:
-        """Raise ValueError if calls come out of order."""
-        if not is_so:
-            raise ValueError("call start(), stop() and finish() once each, in this order")
-
-    def require_weights(self, model: nn.Module) -> None:
-        """Raise ValueError if the weights are not those of stop()."""
-        if digest_weights(model) != self.weights:
-            raise ValueError("parameters or buffers changed after stop(): change them before it")
-
 
 def digest_weights(model: nn.Module) -> str:
     """Return a digest of all bits of a model's parameters and buffers."""
-    return prepare.digest_tensors([*model.parameters(), *model.buffers()])
+    bits = hashlib.sha256()
+    for tensor in (*model.parameters(), *model.buffers()):
+        bits.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return bits.hexdigest()
 
 
 # Run --------------------------------------------------------------------------------------------
@@ -148,7 +143,7 @@ def show_status(run: Run) -> Iterator[None]:
     def show() -> None:
         while not done.wait(0.2 if live else 30):
             line = f"{run.status} ({time.perf_counter() - start:.0f} s)"
-            width = shutil.get_terminal_size().columns - 1 if live else None
+            width = os.get_terminal_size().columns - 1 if live else None
             print(clear + line[:width], end="" if live else "\n", flush=True)
 
     thread = threading.Thread(target=show, daemon=True)
@@ -161,7 +156,7 @@ def show_status(run: Run) -> Iterator[None]:
         print(clear, end="", flush=True)
 
 
-def new_record(corpus: prepare.Corpus, device: str, seed: int, source: bytes) -> dict:
+def new_record(source: bytes, device: str, seed: int) -> dict:
     """Return the record of a run that begins now."""
     in_head = record.git("show", "HEAD:./train.py", default="")
     committed = in_head == source.decode(errors="replace").strip()
@@ -174,10 +169,10 @@ def new_record(corpus: prepare.Corpus, device: str, seed: int, source: bytes) ->
         "commit": commit or record.git("rev-parse", "HEAD", default=""),
         "train_committed": committed,
         "train_sha256": hashlib.sha256(source).hexdigest(),
-        "harness": prepare.harness_digest(corpus),
+        "judge": record.digest(prepare.JUDGE_SOURCES),
         "seed": seed,
         "device": device,
-        "host": socket.gethostname(),
+        "host": os.uname().nodename,
         "pid": os.getpid(),
         "log": {},  # its row in a ledger
     }
@@ -189,7 +184,7 @@ def keep_record(entry: dict, run: Run) -> Iterator[None]:
     try:
         yield
         if not run.summary or entry["harness"] != prepare.harness_digest(run.corpus):
-            raise SystemExit("no val_bpb: run.finish() was not called, or the tokens were changed")
+            raise SystemExit("no val_bpb: run.finish() was not called, or the tokens changed")
         entry |= {name: float(value) for name, value in run.summary.items()}
         entry["status"] = "finished"
     except BaseException as error:
@@ -197,6 +192,8 @@ def keep_record(entry: dict, run: Run) -> Iterator[None]:
         entry["traceback"] = "".join(traceback.format_exception(error)).splitlines()[-20:]
         if entry["status"] == "stopped":
             raise SystemExit(f"stopped while {run.status}") from None
+        if isinstance(error, SystemExit) and not error.code:
+            raise SystemExit("no val_bpb: train.py ended without run.finish()") from None
         raise
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -222,6 +219,7 @@ def training_run(description: str | None) -> Iterator[Run]:
     if device.type == "cuda":
         name, device_id = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).uuid
     advice = "two runs at once can't be compared; wait for it"
+    entry = new_record(source, name, arguments.seed)
     with record.file_lock(Path(DEVICE_LOCK % device_id), advice, wait=False):
         print(f"device: {name}", flush=True)
         corpus = prepare.choose_corpus(arguments.corpus, arguments.shards)
@@ -231,13 +229,12 @@ def training_run(description: str | None) -> Iterator[Run]:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(arguments.seed)
-        entry = new_record(corpus, name, arguments.seed, source)
+        entry["harness"] = prepare.harness_digest(corpus)
         with record.create_run(entry, source) as file:
             run = Run(corpus, prepare.Tokenizer(corpus), device, arguments.seed, file)
             limit_time(file)
             with keep_record(entry, run), show_status(run):
                 yield run
-    branch = record.git("branch", "--show-current", default="")
     lines = run.summary | {"harness": entry["harness"], "seed": str(run.seed)}
-    lines |= record.describe_value(entry, record.read_runs(), branch)
+    lines |= record.describe_value(entry)
     print("---", *(f"{key + ':':<18}{value}" for key, value in lines.items()), sep="\n", flush=True)
