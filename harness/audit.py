@@ -100,7 +100,7 @@ def audit(name: str = "results.tsv") -> list[str]:
             wrong.append("git does not have its commit")
         if row.status == "keep":
             wrong += check_keep(row, best or row, noise)
-            best = row if row.value < (best or row).value else best or row
+            best = best if best and best.value <= row.value else row
         faults += [f"row {row.number} ({row.commit}, {row.status}): {each}" for each in wrong]
     return faults + find_missing(rows, runs)
 

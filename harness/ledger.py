@@ -204,8 +204,8 @@ def new_entry(run: dict, status: str, description: str, ledger: Ledger) -> dict:
 
 def log(status: str, *words: str) -> None:
     """Log the last run. Its record has the row before git has: a killed call loses nothing."""
-    description = " ".join(" ".join(words).split())
-    description = "".join(filter(str.isprintable, description))
+    printable = filter(str.isprintable, " ".join(" ".join(words).split()))
+    description = " ".join("".join(printable).split())
     if status not in ("keep", "discard", "crash") or not description:
         raise SystemExit('expected: log keep|discard|crash "what was tried"')
     with record.file_lock(record.cache_root() / "ledger.lock", "it writes a ledger"):

@@ -1,4 +1,4 @@
-"""A train script of the family, with a clock of its own: it knows the documented names of prepare.py and no other."""
+"""A train script of the family with a clock of its own: it knows only prepare.py's public names."""
 
 import math
 import time
@@ -17,11 +17,16 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.mlp = nn.Sequential(
+            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
 
     def forward(self, x):
-        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(self.norms[0](x)).chunk(3, -1))
+        q, k, v = (
+            part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for part in self.qkv(self.norms[0](x)).chunk(3, -1)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).flatten(-2))
         return x + self.mlp(self.norms[1](x))
@@ -30,13 +35,18 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self, vocab_size):
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocab_size, WIDTH), nn.Embedding(MAX_SEQ_LEN, WIDTH)
+        self.tokens, self.positions = (
+            nn.Embedding(vocab_size, WIDTH),
+            nn.Embedding(MAX_SEQ_LEN, WIDTH),
+        )
         self.blocks = nn.Sequential(*(Block() for _ in range(DEPTH)))
         self.head = nn.Linear(WIDTH, vocab_size, bias=False)
 
     def forward(self, ids, targets=None):
         logits = self.head(self.blocks(self.tokens(ids) + self.positions.weight[: ids.shape[1]]))
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return (
+            logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        )
 
 
 tokenizer = Tokenizer.from_directory()
@@ -55,4 +65,5 @@ while (elapsed := time.time() - begin) < min(TIME_BUDGET, SECONDS):
     steps += 1
 model.eval()
 print(f"val_bpb:          {evaluate_bpb(model, tokenizer, 64):.6f}")
-print(f"steps:            {steps} of {TIME_BUDGET} s, epoch {epoch}, {tokenizer.decode(x[0, :8].tolist())!r}")
+text = tokenizer.decode(x[0, :8].tolist())
+print(f"steps:            {steps} of {TIME_BUDGET} s, epoch {epoch}, {text!r}")

@@ -172,7 +172,9 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200 if start is None else 206, headers)
         limit = min(how.get("cut", math.inf), how.get("stall", math.inf), len(body))
         for at in range(0, limit, 2**14):
-            self.request_seen.sent += self.wfile.write(body[at : min(at + 2**14, limit)])
+            block = body[at : min(at + 2**14, limit)]
+            self.request_seen.sent += len(block)  # before the client can be done with it
+            self.wfile.write(block)
             self.hub.closing.wait(how.get("pace", 0))
         if "stall" in how:
             self.hub.closing.wait()

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import networkx
-from conftest import HEADER, ROOT, environ, git, make_clone
+from conftest import HEADER, ROOT, environ, git, make_clone, replace
 
 TEXT = Path(networkx.__file__).parent / "algorithms" / "centrality"  # real text, 600 KB
 BRANCH = "autoresearch/nov25"
@@ -30,7 +30,9 @@ CRASH = 'uv run prepare.py log crash "<what was tried, and why it failed>"'
 
 FAILS = "Bigram.forward = lambda *_: 1 / 0"
 DIES = "import signal; Bigram.forward = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
-HANGS = "import harness.run, time; harness.run.RUN_LIMIT = 1; Bigram.forward = lambda *_: time.sleep(99)"
+HANGS = """
+import harness.run, time
+harness.run.RUN_LIMIT, Bigram.forward = 1, lambda *_: time.sleep(99)"""
 
 # A job is {"start": argv, ...}, answered by a pid, or {"wait": pid}, answered by an exit status.
 # A command is killed before its `die`th write to a file, rename, or call of another program.
@@ -124,9 +126,12 @@ class Night:
         self.rows, self.points, self.executed, self.edits = [], {}, set(), 0
         self.environ = {"AUTORESEARCH_CACHE": str(self.cache), "AUTORESEARCH_CORPUS": str(TEXT)}
         make_clone(self.clone, seconds=seconds, limit=limit)
+        replace(self.clone / "prepare.py", '"eval_tokens": 2**19', '"eval_tokens": 2**11')
+        replace(self.clone / "train.py", "run.finish(model, 64,", "run.finish(model, 8,")
         with (self.clone / "results.tsv").open("a") as file:
             file.write("abcdef0\t0.900000\t1.0\tkeep\tof another night\n")
-        self.git("commit", "-qam", "the ledger of another night")
+        self.git("commit", "-qa", "--amend", "--no-edit")
+        self.git("commit", "-qm", "more", "--allow-empty")
         tokens.mkdir(exist_ok=True)
         self.cache.mkdir()
         (self.cache / "tokens").symlink_to(tokens)
@@ -139,19 +144,22 @@ class Night:
         """Start a command of Python in the background."""
         return Command(self, shlex.split(command)[2:], **how)
 
-    def do(self, command, **how):
+    def do(self, command, real=False, **how):
         """Execute a command of program.md or of a message; return its exit status and output."""
         self.executed.add(command)
-        fill = {"<tag>": BRANCH.split("/")[1], "<commit>": self.git("rev-parse", "HEAD")[:7]}
-        for name, value in fill.items():
-            command = command.replace(name, value)
+        command = command.replace("<tag>", BRANCH.split("/")[1])
+        if "<commit>" in command:
+            command = command.replace("<commit>", self.rows[-1][:7])
         words = shlex.split(re.sub("<[^>]+>", "an idea", command))
-        if words[0] == "git":
-            result = subprocess.run(words, cwd=self.clone, capture_output=True, text=True)
-            return result.returncode, result.stdout + result.stderr
-        status, text = Command(self, words[2:], **how).wait()
+        if real or words[0] == "git":
+            uv = {"UV_PROJECT_ENVIRONMENT": sys.prefix, "UV_NO_SYNC": "1"}
+            options = {"cwd": self.clone, "env": environ(**self.environ, **uv), "text": True}
+            result = subprocess.run(words, capture_output=True, **options)
+            status, text = result.returncode, result.stdout + result.stderr
+        else:
+            status, text = Command(self, words[2:], **how).wait()
         if words[2:4] == ["prepare.py", "log"] and status == 0 and len(words) > 4:
-            self.rows.append(text.splitlines()[-1])
+            self.rows.append(next(line for line in text.splitlines() if line.count("\t") == 4))
         return status, text
 
     def must(self, *commands):
@@ -170,7 +178,7 @@ class Night:
             if status == 0:
                 return seen
             if "nothing to log: the last run has its row" in text:
-                self.rows.append(row_in(text))
+                self.rows += [row for row in [row_in(text)] if row not in self.rows]
                 return seen
             if instead := re.search("log (keep or )?(crash|discard) instead", text):
                 command = {"crash": CRASH, "discard": DISCARD}[instead[2]]

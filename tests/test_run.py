@@ -1,5 +1,6 @@
-"""train.py and the ledger as a user runs them: subprocesses in a git clone, with the five minutes cut to seconds."""
+"""A run: its summary, folder, limit, lock and clock. Its train.py is tests/tiny_train.py."""
 
+import faulthandler
 import itertools
 import json
 import math
@@ -11,464 +12,478 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, environ
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, environ, replace
+from night import BASELINE, COMMIT, RUN, SEEDS, TEXT, Command, Night, ask
 
 import prepare
-import train
-
-# The budget is no product flag: the test changes the module before train.py asks for it.
-SHORT = "import os, prepare; prepare.DEVICE_LOCK = os.environ['LOCKS'] + '/%s.lock'; "
-SHORT += "prepare.TIME_BUDGET = 4; import train; {change}; train.main()"
-UNCOMPILED = "train.choose_precision = lambda device: (train.torch.float32, False, 'for this test')"
-SMALLER = "train.TOTAL_BATCH_SIZE = train.DEVICE_BATCH_SIZE * 256; train.DEPTH = 1; train.COUNT_ROWS = 2**10"
+from harness import record
+from harness.run import GRACE_SECONDS, RUN_LIMIT, Run
 
 SUMMARY = r"""---
-val_bpb:          (?P<val_bpb>\d+\.\d{6})
-training_seconds: (?P<training_seconds>\d+\.\d)
-total_seconds:    (?P<total_seconds>\d+\.\d)
-peak_vram_mb:     (?P<peak_vram_mb>\d+\.\d)
-mfu_percent:      (?P<mfu_percent>\d+\.\d\d)
-total_tokens_M:   (?P<total_tokens_M>\d+\.\d)
-num_steps:        (?P<num_steps>\d+)
-num_params_M:     (?P<num_params_M>\d+\.\d)
-depth:            (?P<depth>\d+)
-harness:          (?P<harness>[0-9a-f]{12})
-seed:             (?P<seed>\d+)
-$"""
+val_bpb:          \d+\.\d{6}
+training_seconds: \d+\.\d
+total_seconds:    \d+\.\d
+peak_vram_mb:     \d+\.\d
+mfu_percent:      \d+\.\d\d
+total_tokens_M:   \d+\.\d
+num_steps:        \d+
+num_params_M:     \d+\.\d
+depth:            \d+
+harness:          [0-9a-f]{12}
+seed:             \d+
+"""
+SAYS_HERE = "print('here', flush=True), "
+SLEEPS = f"import time; Bigram.forward = lambda *_: ({SAYS_HERE} time.sleep(99))"
+IN_C = f"import re; Bigram.forward = lambda *_: ({SAYS_HERE} re.match('(a+)+b', 'a' * 99))"
 
+# Training sets the limit that stop() gives to the evaluation, which takes as long as it takes.
+SLOW_EVALUATION = """
+import time
+import harness.run
 
-def git(clone, *arguments):
-    return subprocess.run(["git", *arguments], cwd=clone, check=True, capture_output=True, text=True).stdout.strip()
+def forward(self, ids):
+    if self.training:
+        harness.run.RUN_LIMIT = {limit}
+    return self.head(self.embedding(ids))
 
+def evaluate(*_):
+    time.sleep({seconds})
+    return 1.0
 
-@pytest.fixture
-def clone(tmp_path):
-    """What a user has after git clone."""
-    path = tmp_path / "clone"
-    path.mkdir()
-    for name in ("prepare.py", "train.py", "results.tsv"):
-        shutil.copy(ROOT / name, path)
-    (path / "results.tsv").write_text((ROOT / "results.tsv").read_text().splitlines()[0] + "\n")
-    git(path, "init", "-q", "-b", "main")
-    git(path, "config", "user.name", "test")
-    git(path, "config", "user.email", "test@example.invalid")
-    git(path, "add", "-A")
-    git(path, "commit", "-qm", "start")
-    git(path, "checkout", "-q", "-b", "autoresearch/test")
-    return path
-
-
-def records(clone):
-    lines = (prepare.cache_root() / "runs.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["repository"] == str(clone)]
-
-
-def test_a_run_from_start_to_summary_is_recorded_and_logged(command, clone, folder, corpus):
-    result = command("-c", SHORT.format(change="pass"), "--corpus", folder, cwd=clone)
-    assert result.returncode == 0, result.stdout
-    found = re.search(SUMMARY, result.stdout)
-    assert found, result.stdout
-    figures = {name: float(value) for name, value in found.groupdict().items() if name != "harness"}
-    assert 0.5 < figures["val_bpb"] < math.log2(256)
-    assert 4.0 <= figures["training_seconds"] < figures["total_seconds"]
-    assert figures["num_steps"] >= 1
-    assert figures["total_tokens_M"] == pytest.approx(figures["num_steps"] * 2**12 / 1e6, abs=0.051)
-    assert figures["seed"] == 42
-    assert found["harness"] == prepare.harness_fingerprint(corpus)
-    assert len(result.stdout.splitlines()) <= 60
-    for start in ("device: ", "corpus: ", "precision: ", "attention: ", "model: ", "step: "):
-        assert re.search(f"^{start}", result.stdout, re.MULTILINE), start
-
-    (record,) = records(clone)
-    assert record["status"] == "finished"
-    assert record["val_bpb"] == figures["val_bpb"]
-    assert record["commit"] == git(clone, "rev-parse", "HEAD")
-    assert record["train_committed"] is True
-    assert record["train_source"] == (clone / "train.py").read_text()
-    assert record["seed"] == 42
-    assert record["train_edited"] is False
-
-    logged = command("prepare.py", "log", "keep", "baseline,\twith a tab\nand a line", cwd=clone)
-    assert logged.returncode == 0, logged.stdout
-    header, row = (clone / "results.tsv").read_text().splitlines()
-    assert header == "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
-    commit, val_bpb, memory, status, description = row.split("\t")
-    assert (commit, val_bpb) == (record["commit"][:7], found["val_bpb"])
-    assert float(memory) == pytest.approx(figures["peak_vram_mb"] / 1024, abs=0.051)
-    assert (status, description) == ("keep", "baseline, with a tab and a line")
-    assert git(clone, "show", "--name-only", "--format=", "HEAD") == "results.tsv"
-
-
-def test_two_runs_of_one_seed_start_alike_and_another_seed_does_not(command, clone, folder, corpus):
-    first_loss = "prepare.Run.progress = lambda self, at=iter((0, 0, 0, 1)): next(at)"
-    script = SHORT.format(change="; ".join([UNCOMPILED, SMALLER, first_loss]))
-    with (clone / "train.py").open("a") as file:
-        file.write("# a text that no other test runs\n")
-    outputs = [command("-c", script, "--corpus", folder, "--seed", seed, cwd=clone).stdout for seed in (1, 1, 2)]
-    seen = [re.search(r"val_bpb: +(\S+)", output)[1] for output in outputs]
-    assert seen[0] == seen[1] != seen[2]
-    said = [re.findall(r"this text of train.py was run already, (once|2 times): (.*)", output) for output in outputs]
-    once = f"seed 1 {float(seen[0])} on cpu"
-    assert not said[0]
-    assert [(count, rest.count(once)) for count, rest in said[1] + said[2]] == [("once", 1), ("2 times", 2)]
-    noise = abs(float(seen[0]) - float(seen[2])) / math.sqrt(2)
-    assert float(re.search(r"noise: +(\S+) \(pooled standard deviation, 2 runs", outputs[2])[1]) == pytest.approx(
-        noise, abs=1e-6
-    )
-
-
-def test_a_loss_that_is_not_a_number_ends_the_run_and_is_logged_as_a_crash(command, clone, folder, corpus):
-    (clone / "train.py").write_text((ROOT / "train.py").read_text() + "# no other test runs this, with a figure\n")
-    git(clone, "commit", "-qam", "a text of its own")
-    change = f"{UNCOMPILED}; {SMALLER}; train.HEAD_LR = float('nan')"
-    result = command("-c", SHORT.format(change=change), "--corpus", folder, cwd=clone)
-    assert result.returncode == 1
-    assert re.search(r"the loss of step \d+ is nan", result.stdout)
-    (record,) = records(clone)
-    assert record["status"] == "crash"
-    assert "is nan" in record["traceback"][-1]
-    refused = command("prepare.py", "log", "keep", "a crash", cwd=clone)
-    assert refused.returncode == 1
-    git(clone, "reset", "-q", "--hard", "HEAD~1")
-    assert command("prepare.py", "log", "crash", "head rate nan", cwd=clone).returncode == 0
-    row = (clone / "results.tsv").read_text().splitlines()[-1].split("\t")
-    assert row[1:] == ["0.000000", "0.0", "crash", "head rate nan"]
-
-
-def test_a_micro_batch_that_does_not_fit_memory_is_halved_and_the_batch_stays(command, clone, folder, corpus):
-    # the error that CUDA gives, raised by every forward pass of more than two rows
-    tight = "forward = train.GPT.forward; full = train.torch.OutOfMemoryError('full'); train.GPT.forward = "
-    tight += "lambda self, ids, *y: forward(self, ids, *y) if len(ids) <= 2 else (_ for _ in ()).throw(full)"
-    change = f"{UNCOMPILED}; train.DEPTH = 1; {tight}"
-    result = command("-c", SHORT.format(change=change), "--corpus", folder, cwd=clone)
-    assert result.returncode == 0, result.stdout
-    assert "out of memory: micro-batches of 2 rows instead" in result.stdout
-    assert "step: 4096 tokens in 8 micro-batches of 2 rows of 256" in result.stdout
-
-
-def test_without_a_compiler_the_run_goes_on_uncompiled(command, clone, folder, corpus):
-    change = f"train.choose_precision = lambda device: (train.torch.float32, True, 'for this test'); {SMALLER}"
-    result = command(
-        "-c",
-        SHORT.format(change=change),
-        "--corpus",
-        folder,
-        cwd=clone,
-        CXX="/nowhere/g++",
-        TORCHINDUCTOR_CACHE_DIR=clone,
-    )
-    assert result.returncode == 0, result.stdout
-    assert "not compiled after all" in result.stdout
-
-
-HANG = "train.fit = lambda run, *_: (print('here', flush=True), {how})"
-SLEEP = "__import__('time').sleep(600)"
-
-
-def begin(clone, folder, how=SLEEP):
-    """Start a run that gets as far as its warm-up and hangs there."""
-    script = SHORT.format(change=HANG.format(how=how))
-    arguments = [sys.executable, "-u", "-c", script, "--corpus", folder]
-    process = subprocess.Popen(
-        arguments, cwd=clone, env=environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    while process.stdout.readline() != "here\n":
-        assert process.poll() is None
-    return process
-
-
-def test_a_second_run_is_refused_until_the_first_is_gone_even_by_kill_9(command, clone, folder, corpus, tmp_path):
-    first = begin(clone, folder)
-    for cache in (prepare.cache_root(), tmp_path / "another cache"):
-        run = ["-c", SHORT.format(change="pass"), "--corpus", folder]
-        refused = command(*run, cwd=clone, AUTORESEARCH_CACHE=cache, LOCKS=prepare.cache_root())
-        assert refused.returncode == 1
-        assert re.search(rf"held by process {first.pid}: two runs at once can't be compared", refused.stdout)
-    first.kill()
-    first.wait()
-    second = command("-c", SHORT.format(change=f"{UNCOMPILED}; {SMALLER}"), "--corpus", folder, cwd=clone)
-    assert second.returncode == 0, second.stdout
-    assert [record["status"] for record in records(clone)] == ["killed", "finished"]
-    assert records(clone)[0]["train_source"] == (clone / "train.py").read_text()
-
-
-@pytest.mark.parametrize(
-    ("how", "where"),
-    [
-        (SLEEP, "a call that waits"),
-        ("__import__('re').match('(a+)+b', 'a' * 99)", "a call into C that lets no other Python thread run"),
-    ],
-)
-def test_a_run_that_hangs_is_ended_with_the_tracebacks_of_all_threads(command, clone, folder, corpus, how, where):
-    script = f"import prepare; prepare.RUN_LIMIT = 4; {SHORT.format(change=HANG.format(how=how))}"
-    result = command("-c", script, "--corpus", folder, cwd=clone)
-    assert result.returncode == 1
-    assert len(re.findall(r"^(Current thread|Thread) 0x", result.stdout, re.MULTILINE)) >= 2, result.stdout
-    assert "in train" in result.stdout
-    assert not (prepare.cache_root() / "runs.jsonl").exists() or not records(clone)
-    assert command("prepare.py", "log", "crash", "it hung", cwd=clone).returncode == 0
-    (record,) = records(clone)
-    assert record["status"] == "timeout"
-    assert any("in train" in line for line in record["traceback"])
-    assert (clone / "results.tsv").read_text().splitlines()[-1].endswith("\t0.000000\t0.0\tcrash\tit hung")
-
-
-@pytest.mark.parametrize(
-    ("name", "status", "returncode"), [("SIGTERM", "stopped", 1), ("SIGINT", "stopped", 1), ("SIGKILL", "killed", -9)]
-)
-def test_a_run_that_is_ended_by_a_signal_can_be_logged(command, clone, folder, corpus, name, status, returncode):
-    process = begin(clone, folder)
-    process.send_signal(getattr(signal, name))
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == returncode
-    assert "Traceback" not in output
-    assert ("stopped, at: starting" in output) == (status == "stopped")
-    assert command("prepare.py", "log", "crash", name, cwd=clone).returncode == 0
-    assert [record["status"] for record in records(clone)] == [status]
-    assert (clone / "results.tsv").read_text().splitlines()[-1].endswith(f"\t0.000000\t0.0\tcrash\t{name}")
-
-
-def test_a_run_whose_train_py_is_edited_meanwhile_says_so(command, clone, folder, corpus):
-    before = (clone / "train.py").read_text()
-    edit = "train.check_knobs = lambda _: open('train.py', 'a').write('# edited')"
-    result = command("-c", SHORT.format(change=f"{UNCOMPILED}; {SMALLER}; {edit}"), "--corpus", folder, cwd=clone)
-    assert "train.py was edited while the run went on" in result.stdout
-    (record,) = records(clone)
-    assert record["train_edited"] is True
-    assert record["train_source"] == before
-    assert record["train_committed"] is True
-
-
-APPEND = """
-import prepare, sys
-for number in range(50):
-    prepare.append_line("appended.jsonl", {"id": f"{sys.argv[1]}-{number}", "text": "x" * 50_000})
+harness.run.RUN_LIMIT = {before}
+Bigram.forward, harness.run.prepare.evaluate_bpb = forward, evaluate
 """
 
 
-def test_processes_that_append_at_once_never_tear_a_line(cache):
-    environment = environ()
-    processes = [subprocess.Popen([sys.executable, "-c", APPEND, str(i)], cwd=ROOT, env=environment) for i in range(4)]
+@pytest.fixture
+def night(tmp_path, cache):
+    """A clone and a cache folder without a run."""
+    return Night(tmp_path, cache / "tokens")
+
+
+def folders(night):
+    return sorted((night.cache / "runs").glob("[0-9]*"))
+
+
+def begin(night, how=SLEEPS):
+    """Start a run that hangs in its model."""
+    night.edit(how)
+    run = night.start(RUN)
+    run.wait_for("here")
+    return run
+
+
+# the summary
+
+
+def test_a_summary_has_the_lines_that_scripts_grep(night):
+    text = night.must(RUN)
+    assert re.search(f"{SUMMARY}$", text), text
+    lines = dict(re.findall(r"^(\w+): +(\S+)$", text, re.MULTILINE))
+    assert 0 < float(lines["val_bpb"]) < math.log2(256)
+    assert 0.2 <= float(lines["training_seconds"]) < float(lines["total_seconds"])
+    assert int(lines["num_steps"]) >= 1
+    assert (lines["depth"], lines["seed"]) == ("1", "42")
+    (run,) = night.runs()
+    assert run["status"] == "finished"
+    assert run["val_bpb"] == float(lines["val_bpb"])
+    assert run["harness"] == lines["harness"]
+    assert (run["commit"], run["train_committed"]) == (night.git("rev-parse", "HEAD"), True)
+
+
+def test_a_summary_ends_with_what_helps_to_decide(night):
+    night.must(RUN, SEEDS[0], BASELINE)
+    night.edit()
+    text = night.must(COMMIT, RUN)
+    lines = text.split("---\n")[1].splitlines()
+    names = [line.split(":")[0] for line in lines]
+    assert names[9:] == ["harness", "seed", "noise", "best_kept", "difference"]
+    assert re.match(r"noise: {12}\d\.\d{6} \(standard deviation between seeds\)", lines[11])
+    assert re.match(rf"best_kept: {{8}}\d\.\d{{6}} \({night.rows[0][:7]}, seeds: 2\)", lines[12])
+    assert re.match(r"difference: {7}[+-]\d\.\d{6} \([+-]\S+ x its noise, seeds: 1\)", lines[13])
+
+
+def test_a_pipe_gets_a_line_now_and_then_and_at_most_60(night):
+    text = night.must(RUN)
+    assert len(text.splitlines()) + 2 * RUN_LIMIT / 30 <= 60
+    replace(night.clone / "harness/run.py", "0.2 if live else 30", "0.2 if live else 0.05")
+    run = begin(night)
+    run.wait_for("training (0 s)\ntraining (0 s)\n")
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+
+
+def test_a_terminal_gets_one_live_line(night):
+    ours, theirs = os.openpty()
+    night.edit(SLEEPS)
+    run = Command(night, ["train.py"], output=os.ttyname(theirs))
+    seen, live = b"", b"\r\x1b[Ktraining (0 s)"
+    while live * 2 not in seen and b"Traceback" not in seen:
+        seen += os.read(ours, 1000)
+    os.kill(run.pid, signal.SIGKILL)
+    ask(wait=run.pid)
+    os.close(theirs)
+    os.close(ours)
+    assert live * 2 in seen
+
+
+def test_seeds_decide_a_run(night):
+    steps = "import harness.run; harness.run.Run.progress = lambda _, at=iter((0, 0, 1)): next(at)"
+    night.edit(steps)
+    night.must(COMMIT, RUN, RUN, SEEDS[0])
+    first, again, other = (run["val_bpb"] for run in night.runs())
+    assert first == again != other
+
+
+def test_a_run_whose_record_can_not_be_written_still_has_its_summary(night):
+    forward, gone = "self.head(self.embedding(ids))", f"shutil.rmtree('{night.cache}/runs', True)"
+    night.edit(f"import shutil; Bigram.forward = lambda self, ids: {gone} or {forward}")
+    text = night.must(RUN)
+    assert "the run's record could not be written: " in text
+    assert re.search(f"{SUMMARY}$", text)
+
+
+def test_help_says_what_a_run_takes(night):
+    text = night.must(f"{RUN} --help")
+    assert all(word in text for word in ("--corpus", "--shards", "--seed"))
+
+
+def test_climbmix_is_refused_on_a_cpu_before_it_is_downloaded(night):
+    assert "Use --corpus python" in night.do(f"{RUN} --corpus climbmix")[1]
+    assert not (night.cache / "climbmix").exists()
+
+
+# the folder of a run
+
+
+def test_a_run_that_goes_on_is_on_record_and_one_that_is_killed_is_seen_to_be(night):
+    run = begin(night)
+    (folder,) = folders(night)
+    assert (folder / "train.py").read_text() == (night.clone / "train.py").read_text()
+    before = (folder / "run.json").read_bytes()
+    assert night.statuses() == [("running", 42)]
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait()[0] == -9
+    assert night.statuses() == [("killed", 42)]
+    assert (folder / "run.json").read_bytes() == before  # nobody had to complete it
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_run_that_is_stopped_says_where(night, name):
+    run = begin(night)
+    os.kill(run.pid, getattr(signal, name))
+    status, text = run.wait()
+    assert status == 1
+    assert "stopped while training" in text
+    assert "Traceback" not in text
+    assert night.statuses() == [("stopped", 42)]
+
+
+def test_a_run_that_fails_has_its_traceback_on_record(night):
+    night.edit("Bigram.forward = lambda *_: 1 / 0")
+    assert "ZeroDivisionError" in night.do(RUN)[1]
+    (run,) = night.runs()
+    assert run["status"] == "crash"
+    assert run["traceback"][-1] == "ZeroDivisionError: division by zero"
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(night):
+    night.edit("LR = 1e30")
+    assert re.search(r"the loss of step \d+ is (nan|inf)", night.do(RUN)[1])
+    assert night.statuses() == [("crash", 42)]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from harness.run import Run; Run.finish = lambda *_, **__: None",
+        "from harness.run import Run; stop = Run.stop\n"
+        "Run.stop = lambda *a: open('prepare.py', 'a').write('X = 9\\n') and stop(*a)",
+    ],
+)
+def test_a_run_that_was_not_judged_by_what_its_record_names_has_no_val_bpb(night, code):
+    night.edit(code)
+    status, text = night.do(RUN)
+    assert (status, night.statuses()) == (1, [("crash", 42)])
+    assert "no val_bpb: run.finish() was not called, or the tokens were changed" in text
+
+
+def killed_at(night, die):
+    """Kill a run before its `die`th write: every folder is whole. Return whether it came so far."""
+    status, _ = night.do(RUN, die=die)
+    for folder in folders(night):
+        assert (folder / "train.py").read_text() == (night.clone / "train.py").read_text()
+        assert (folder / "traceback.txt").exists()
+        json.loads((folder / "run.json").read_text())
+    text = night.must("uv run prepare.py runs")
+    assert "can't be read" not in text
+    return status == -9
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_any_write_leaves_a_whole_folder_or_none(night):
+    for die in itertools.count(1):
+        if not killed_at(night, die):
+            break
+    assert die > 10
+    assert {status for status, _ in night.statuses()} == {"killed", "finished"}
+
+
+@pytest.mark.parametrize("die", [10, 14])
+def test_a_run_that_is_killed_at_a_write_leaves_a_whole_folder_or_none(night, die):
+    assert killed_at(night, die)
+
+
+MAKES_RUNS = """
+import sys
+from harness import record
+for number in range(25):
+    run = {"id": record.new_id() + f"-{number}", "status": "running", "process": sys.argv[1]}
+    with record.create_run(run, b"x" * 50_000):
+        record.write_run(run | {"status": "finished"})
+"""
+
+
+def test_processes_that_make_runs_at_once_lose_none(tmp_path, monkeypatch):
+    arguments = [sys.executable, "-c", MAKES_RUNS]
+    options = {"cwd": ROOT, "env": environ(AUTORESEARCH_CACHE=tmp_path)}
+    processes = [subprocess.Popen([*arguments, str(i)], **options) for i in range(4)]
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
+    while any(process.poll() is None for process in processes):
+        assert {run["status"] for run in record.read_runs()} <= {"running", "finished"}
+    runs = record.read_runs()
     assert [process.wait() for process in processes] == [0] * 4
-    lines = [json.loads(line) for line in (prepare.cache_root() / "appended.jsonl").read_text().splitlines()]
-    assert {line["id"] for line in lines} == {f"{i}-{number}" for i in range(4) for number in range(50)}
-    assert len(lines) == 200
+    assert sorted(run["process"] for run in runs) == sorted("0123" * 25)
+    assert {run["status"] for run in runs} == {"finished"}
+
+
+# the limit
+
+
+@pytest.mark.parametrize(("how", "where"), [(SLEEPS, "a call that waits"), (IN_C, "a call into C")])
+def test_a_run_that_hangs_is_ended_with_tracebacks_on_record(night, how, where):
+    run = begin(night, f"import harness.run; harness.run.RUN_LIMIT = 1; {how}")
+    status, text = run.wait()
+    assert status == 1
+    assert len(re.findall(r"^(Current thread|Thread) 0x", text, re.MULTILINE)) >= 2, text
+    (run,) = night.runs()
+    assert run["status"] == "timeout"
+    assert any("in main" in line for line in run["traceback"])
+
+
+def test_an_evaluation_that_outlasts_the_limit_of_training_is_not_lost(night):
+    night.edit(SLOW_EVALUATION.format(before=3, limit=60, seconds=4.5))
+    assert "val_bpb:          1.000000" in night.must(RUN)
+    assert night.statuses() == [("finished", 42)]
+
+
+def test_an_evaluation_that_hangs_is_ended_by_its_own_limit(night):
+    night.edit(SLOW_EVALUATION.format(before=60, limit=1, seconds=99))
+    assert night.do(RUN)[0] == 1
+    (run,) = night.runs()
+    assert run["status"] == "timeout"
+    assert any("in finish" in line for line in run["traceback"])
+
+
+# the lock
+
+
+def test_a_second_run_is_refused_with_the_pid_of_the_first_until_that_is_gone(night):
+    first = begin(night)
+    for other in (night.cache, night.path / "another cache"):
+        night.environ["AUTORESEARCH_CACHE"] = str(other)
+        status, text = night.do(RUN)
+        assert status == 1
+        assert f"held by process {first.pid}: two runs at once can't be compared" in text
+    night.environ["AUTORESEARCH_CACHE"] = str(night.cache)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    night.git("checkout", "-q", "train.py")
+    night.must(RUN)
+    assert night.statuses() == [("killed", 42), ("finished", 42)]
 
 
 # the clock
 
 
 @pytest.fixture
-def clocked(corpus, tokenizer):
-    """A run and a small model that has learned nothing yet."""
-    prepare.torch.manual_seed(0)
-    vocab = corpus.vocab_size
-    model = prepare.torch.nn.Sequential(prepare.torch.nn.Embedding(vocab, 8), prepare.torch.nn.Linear(8, vocab))
-    return prepare.Run(corpus, tokenizer, prepare.torch.device("cpu"), 42), model
+def run(corpus, tokenizer, tmp_path):
+    with (tmp_path / "traceback.txt").open("w") as file:
+        yield Run(corpus, tokenizer, torch.device("cpu"), 42, file)
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@pytest.fixture
+def model(corpus):
+    """One that has learned nothing yet."""
+    torch.manual_seed(0)
+    size = corpus.vocab_size
+    return torch.nn.Sequential(torch.nn.Embedding(size, 8), torch.nn.Linear(8, size))
 
 
 def learn(run, model):
-    """Twenty steps of training."""
-    optimizer = prepare.torch.optim.AdamW(model.parameters(), lr=0.1)
+    """Take twenty steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     loader = prepare.make_dataloader(run.tokenizer, 4, 64, "train")
     for x, y, _ in itertools.islice(loader, 20):
-        prepare.F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
     loader.close()
 
 
-def test_a_model_that_learned_before_the_five_minutes_is_refused(clocked):
-    run, model = clocked
+def finish(run, model):
+    run.finish(model, 16, steps=1, tokens=1, depth=1, mfu=0.0)
+
+
+def test_a_model_that_learned_before_start_is_refused(run, model):
     learn(run, model)
-    with pytest.raises(
-        ValueError, match=r"learned before the five minutes: its loss is \S+ nats where a guess costs 8\.3"
-    ):
+    says = r"learned before start\(\): its loss is \S+ nats, that of an untrained one 8\.3"
+    with pytest.raises(ValueError, match=says):
         run.start(model)
 
 
-def test_start_stop_and_finish_come_once_and_in_this_order(clocked):
-    run, model = clocked
-    calls = {"start": [model], "stop": [model], "finish": [model, 16, 1, 1, 1, 0.0]}
+def test_start_stop_and_finish_come_once_and_in_this_order(run, model, monkeypatch):
+    monkeypatch.setattr(prepare, "read_val_rows", lambda _, read=prepare.read_val_rows: read(_)[:9])
+    calls = {"start": run.start, "stop": run.stop, "finish": lambda model: finish(run, model)}
     for right in calls:
         for wrong in calls:
             if wrong != right:
                 with pytest.raises(ValueError, match="once each, in this order"):
-                    getattr(run, wrong)(*calls[wrong])
-        getattr(run, right)(*calls[right])
+                    calls[wrong](model)
+        calls[right](model)
     with pytest.raises(ValueError, match="once each, in this order"):
-        run.finish(*calls["finish"])
+        finish(run, model)
 
 
-def test_a_step_that_goes_far_beyond_the_five_minutes_is_refused(clocked):
-    run, model = clocked
+def test_what_comes_before_start_is_no_training(run, model):
+    run.launched -= 1000  # a long warm-up
     run.start(model)
-    run.began -= 320
+    assert run.progress() < 1
+    run.stop(model)
+    assert run.seconds < 1000
+
+
+def test_a_step_that_goes_far_beyond_the_budget_is_refused(run, model):
+    run.start(model)
+    run.started -= prepare.TIME_BUDGET + GRACE_SECONDS
     assert run.progress() == 1
-    with pytest.raises(ValueError, match="training took 320 s instead of 300"):
+    with pytest.raises(ValueError, match=r"training took 31\d s instead of 300"):
         run.stop(model)
 
 
-def test_parameters_that_change_after_the_five_minutes_are_refused(clocked):
-    run, model = clocked
+@pytest.mark.parametrize("what", ["parameters", "buffers"])
+def test_a_model_that_changes_after_stop_is_refused(run, model, what):
+    model.register_buffer("seen", torch.zeros(1))
     run.start(model)
-    learn(run, model)
     run.stop(model)
-    learn(run, model)
+    with torch.no_grad():
+        next(getattr(model, what)()).view(-1)[0] += 1
     with pytest.raises(ValueError, match=r"parameters or buffers changed after stop\(\)"):
-        run.finish(model, 16, steps=1, tokens=1, depth=1, mfu=0.0)
+        finish(run, model)
 
 
-@pytest.mark.parametrize(
-    ("counted_tokens", "part", "counts", "steps"),
-    [
-        ((2**30, 2**30), (0, 1), [((0, 0.5), 0)], 45),  # too little text
-        ((2**14, 2**18), (0.5, 1), [((0, 0.5), 2**18), ((0, 1), 2**18)], 38),  # time is kept for the second count
-    ],
-)
-def test_the_first_step_after_the_warm_up_sees_the_first_of_the_data_that_are_not_counted(
-    corpus, tokenizer, monkeypatch, counted_tokens, part, counts, steps
-):
-    small = {"DEPTH": 1, "DEVICE_BATCH_SIZE": 4, "TOTAL_BATCH_SIZE": 4 * 256, "COUNT_ROWS": 10_007}
-    for name, value in {**small, "COUNTED_TOKENS": counted_tokens}.items():
-        monkeypatch.setattr(train, name, value)
-    ticks = itertools.count(5)
-    monkeypatch.setattr(prepare.Run, "progress", lambda run: next(ticks) / 50)
-    monkeypatch.setattr(train, "choose_precision", lambda device: (prepare.torch.float32, False, "for this test"))
-    step, count, seen, counted, tables = train.train_step, train.count, [], [], []
+def test_a_model_that_learns_while_it_is_judged_is_refused(run, model):
+    model.register_buffer("seen", torch.zeros(1))
+    run.start(model)
+    run.stop(model)
+    model.register_forward_hook(lambda *_: model.seen.add_(1) and None)
+    with pytest.raises(ValueError, match=r"parameters or buffers changed after stop\(\)"):
+        finish(run, model)
 
-    def watched_count(run, model, part, most):
-        counted.append((part, count(run, model, part, most)))
-        tables.append(model.table.sum().item())
-        return counted[-1][1]
 
-    def watched(model, optimizer, batches):
-        seen.append((batches[0][0].tolist(), float(optimizer.steps), model.head.weight.sum().item()))
-        return step(model, optimizer, batches)
-
-    monkeypatch.setattr(train, "train_step", watched)
-    monkeypatch.setattr(train, "count", watched_count)
-    run = prepare.Run(corpus, tokenizer, prepare.torch.device("cpu"), 7)
-    train.train(run)
-    assert counted == counts
-    assert len(set(tables)) == len(counts)  # counted anew, from other text
-    assert len(seen) == 2 + steps
-    expected = prepare.make_dataloader(tokenizer, 4, 256, "train", 7, part)
-    warm_up, again, first, second = seen[:4]
-    assert again[1:] != warm_up[1:] == first[1:]  # it trained, and was undone
-    assert [first[0], second[0]] == [next(expected)[0].tolist() for _ in range(2)]
-    expected.close()
+def test_a_finish_that_comes_late_is_refused(run, model):
+    run.start(model)
+    run.stop(model)
+    run.started -= GRACE_SECONDS + 1
+    with pytest.raises(ValueError, match=r"finish\(\) came \d+ s after stop\(\): at most 15"):
+        finish(run, model)
 
 
 # the comparison with other runs
 
 
 @pytest.fixture
-def ledger(tmp_path, monkeypatch):
-    """An empty cache, and a repository on a branch for experiments; calling it adds a run, with a status also a row."""
-    monkeypatch.setattr(prepare, "ROOT", tmp_path)
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
-    git(tmp_path, "init", "-q", "-b", "autoresearch/test")
-    who = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
+def add():
+    """Add a run to a list of records; with a status, also its row."""
+    runs = []
 
-    def add(number, val_bpb, text, seed=42, logged=None, branch="autoresearch/test", **more):
-        git(tmp_path, *who, "commit", "-q", "--allow-empty", "-m", str(number))
-        record = {"id": str(number), "repository": str(tmp_path), "status": "finished"}
-        record["commit"] = git(tmp_path, "rev-parse", "HEAD")
-        record |= {"harness": "h", "device": "d", "train_sha256": text, "seed": seed, "val_bpb": val_bpb} | more
-        prepare.append_line("runs.jsonl", record)
+    def add(val_bpb, text, seed=42, logged=None, branch="autoresearch/test", **more):
+        run = {"id": str(len(runs)), "repository": str(record.ROOT), "status": "finished"}
+        run |= {"harness": "h", "device": "d", "train_sha256": text, "seed": seed, "log": {}}
         if logged:
-            row = {"status": logged, "branch": branch, "row": f"{number}\t{val_bpb}\t0.0\t{logged}\tan idea"}
-            row |= {name: record[name] for name in ("id", "repository", "commit", "train_sha256")}
-            prepare.append_line("ledger.jsonl", row)
-        return record
+            run["log"] = {"status": logged, "branch": branch, "commit": f"{len(runs)}234567890"}
+        runs.append(run | {"val_bpb": val_bpb} | more)
+        if "repository" not in more:
+            return record.describe_value(runs[-1], runs, "autoresearch/test")
 
     return add
 
 
-def test_without_seeds_or_kept_runs_there_is_nothing_to_compare(ledger):
-    assert prepare.comparison(ledger(1, 1.0, "a")) == {}
+def test_without_seeds_or_kept_runs_there_is_nothing_to_compare(add):
+    assert add(1.0, "a") == {}
 
 
-def test_the_noise_is_pooled_over_texts_with_several_seeds(ledger):
-    for number, (text, seed, val_bpb) in enumerate(
-        [("a", 1, 1.00), ("a", 2, 1.02), ("a", 3, 1.04), ("b", 1, 0.90), ("b", 2, 0.92), ("c", 1, 0.5), ("c", 1, 0.6)]
-    ):
-        ledger(number, val_bpb, text, seed)
-    ledger(10, 5.0, "a", 4, harness="another")
-    ledger(11, 5.0, "a", 5, device="another")
-    ledger(12, 5.0, "a", 6, status="crash")
-    record = ledger(13, 0.8, "d")
-    expected = math.sqrt((0.02**2 * 2 + 0.02**2 / 2) / 3)  # sums of squares: 0.0008 and 0.0002, over 2 + 1
-    lines = prepare.comparison(record)
-    assert float(lines["noise"].split()[0]) == pytest.approx(expected, abs=1e-6)
-    assert "5 runs" in lines["noise"]
-    assert "best_kept" not in lines
+def test_the_noise_is_pooled_over_versions_with_several_seeds(add):
+    for val_bpb, text, seed in [(1.00, "a", 1), (1.02, "a", 2), (1.04, "a", 3), (0.90, "b", 1)]:
+        add(val_bpb, text, seed)
+    for val_bpb, text, seed in [(0.92, "b", 2), (0.50, "c", 1), (0.60, "c", 1)]:
+        add(val_bpb, text, seed)
+    add(5.0, "a", 4, harness="another")
+    add(5.0, "a", 5, device="another")
+    add(5.0, "a", 6, status="crash")
+    lines = add(0.8, "d")
+    expected = math.sqrt((0.0008 + 0.0002) / (2 + 1))  # sums of squares over degrees of freedom
+    assert lines == {"noise": f"{expected:.6f} (standard deviation between seeds)"}
 
 
-def test_a_train_py_is_compared_with_the_best_one_that_this_branch_kept_each_by_the_mean_of_its_seeds(ledger):
-    best = ledger(1, 1.00, "a", 1, "keep")["commit"][:7]
-    ledger(2, 0.98, "a", 2)
-    ledger(3, 0.90, "b", logged="discard")
-    ledger(4, 0.80, "c")  # not logged
-    ledger(5, 0.70, "d", logged="keep", harness="another")
-    ledger(6, 0.60, "e", logged="keep", branch="autoresearch/another")
-    ledger(7, 1.20, "f", logged="keep")
-    lines = prepare.comparison(ledger(8, 0.952, "g"))
+def test_a_version_is_compared_with_the_best_one_that_this_branch_kept(add):
+    add(1.00, "a", 1, "keep")
+    add(0.98, "a", 2)
+    add(0.90, "b", logged="discard")
+    add(0.80, "c")  # not logged
+    add(0.70, "d", logged="keep", harness="another")
+    add(0.60, "e", logged="keep", branch="autoresearch/another")
+    add(1.20, "f", logged="keep")
     noise = math.sqrt(0.0002)  # of 1.00 and 0.98
-    assert lines["best_kept"] == f"0.990000 ({best}, seeds: 2)"
-    assert lines["difference"] == f"-0.038000 ({-0.038 / noise / math.sqrt(1 + 1 / 2):+.2f} x its noise, seeds: 1)"
-    lines = prepare.comparison(ledger(9, 0.956, "g", 43))
+    times = -0.038 / (noise * math.sqrt(1 + 1 / 2))
+    lines = add(0.952, "g")
+    assert lines["best_kept"] == "0.990000 (0234567, seeds: 2)"
+    assert lines["difference"] == f"-0.038000 ({times:+.2f} x its noise, seeds: 1)"
     noise = math.sqrt((0.0002 + 0.000008) / 2)
+    lines = add(0.956, "g", 43)
     assert lines["difference"] == f"-0.036000 ({-0.036 / noise:+.2f} x its noise, seeds: 2)"
-    again = prepare.comparison(ledger(10, 0.999, "a", 3))
-    assert again["best_kept"] == f"0.993000 ({best}, seeds: 3)"
-    assert "difference" not in again  # from itself
+    lines = add(0.999, "a", 3)
+    assert lines["best_kept"] == "0.993000 (0234567, seeds: 3)"
+    assert "difference" not in lines  # from itself
 
 
-def test_a_run_that_is_not_on_record_is_compared_all_the_same(ledger):
-    ledger(1, 1.0, "a", logged="keep")
-    full_disk = ledger(2, 0.9, "b", harness="another") | {"harness": "h"}
-    assert prepare.comparison(full_disk)["difference"] == "-0.100000 (seeds: 1)"
+def test_values_of_another_folder_are_not_used_but_for_the_noise(add):
+    add(1.00, "a", 1, "keep")
+    add(0.10, "a", 2, repository="/somewhere/else")
+    lines = add(0.90, "b")
+    assert lines["noise"].startswith(f"{math.sqrt(0.405):.6f}")
+    assert lines["best_kept"] == "1.000000 (0234567, seeds: 1)"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
-def test_a_busy_machine_is_seen():
-    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
-    try:
-        assert max(prepare.cpu_load() for _ in range(5)) > prepare.OTHER_LOAD
-    finally:
-        for process in spinning:
-            process.kill()
-            process.wait()
+# scripts of the family
 
 
-def test_help_says_what_a_run_takes(command):
-    result = command("train.py", "--help")
-    assert result.returncode == 0
-    for word in ("--corpus", "--shards", "--seed", "uv run train.py"):
-        assert word in result.stdout
-
-
-def test_a_script_of_the_family_finds_the_names_it_imports():
+def test_a_script_of_the_family_finds_the_names_that_it_imports():
     names = ("MAX_SEQ_LEN", "TIME_BUDGET", "Tokenizer", "make_dataloader", "evaluate_bpb")
     assert all(hasattr(prepare, name) for name in names)
-    assert (prepare.choose_corpus()[0].seq_len, 300) == (prepare.MAX_SEQ_LEN, prepare.TIME_BUDGET)
+    assert (prepare.choose_corpus().seq_len, 300) == (prepare.MAX_SEQ_LEN, prepare.TIME_BUDGET)
 
 
-def test_a_script_of_the_family_runs_unmodified(command, folder, corpus):
-    result = command(ROOT / "tests" / "family_train.py", AUTORESEARCH_CORPUS=folder, PYTHONPATH=ROOT)
-    assert result.returncode == 0, result.stdout
-    val_bpb, steps = re.search(r"val_bpb: +(\S+)\nsteps: +(\d+) of 300 s", result.stdout).groups()
-    assert 0.5 < float(val_bpb) < math.log2(corpus.vocab_size) / 2
+@pytest.mark.slow
+def test_a_script_of_the_family_runs_unmodified(night):
+    shutil.copy(ROOT / "tests" / "family_train.py", night.clone / "train.py")
+    night.environ["AUTORESEARCH_CORPUS"] = str(TEXT)
+    replace(night.clone / "train.py", "SECONDS = 64, 2, 2, 4, 4", "SECONDS = 64, 2, 2, 4, 0.2")
+    text = night.must(RUN)
+    val_bpb, steps = re.search(r"val_bpb: +(\S+)\nsteps: +(\d+) of 0.2 s", text).groups()
+    assert 0 < float(val_bpb) < math.log2(256)
     assert int(steps) >= 1
-
-
-def test_a_record_that_was_cut_short_costs_no_other(tmp_path, monkeypatch):
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
-    run = {"id": "1", "repository": str(prepare.ROOT)}
-    prepare.append_line("runs.jsonl", run)
-    with (tmp_path / "runs.jsonl").open("a") as file:
-        file.write('null\n{}\n{"id": "2", "repo')
-    prepare.append_line("runs.jsonl", run | {"id": "3"})
-    assert [line["id"] for line in prepare.read_lines("runs.jsonl")] == ["1", "3"]

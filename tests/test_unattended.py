@@ -1,7 +1,7 @@
 """What an agent may do by itself at night: each command of program.md, and no near miss of one.
 
-Their rules are imitated here; where the command lines are installed (npm install -g @anthropic-ai/claude-code
-@openai/codex), they decide themselves, too.
+Their rules are imitated here. Where the command lines are installed (npm install -g
+@anthropic-ai/claude-code @openai/codex), they decide themselves, too.
 """
 
 import ast
@@ -19,14 +19,26 @@ import pytest
 from conftest import ROOT
 from test_contract import DOCUMENTED
 
-import prepare
+from harness import run
 
 SETTINGS = json.loads((ROOT / ".claude" / "overnight.json").read_text())
 RULES = ROOT / ".codex" / "rules" / "autoresearch.rules"
 FILLED = {"<tag>": "nov25", "<commit>": "1234567"}
-ASKED_BY_MESSAGES = """git reset --hard 1234567
-git restore -s 1234567 -SW prepare.py
-git commit -a --amend --no-edit --allow-empty""".splitlines()
+
+
+def advice():
+    """The commands that the messages of the ledger name, 1234567 for what they fill in."""
+    tree = ast.parse((ROOT / "harness" / "ledger.py").read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [getattr(part, "value", "") for part in node.values]
+            texts = [part if isinstance(part, str) else "1234567" for part in parts]
+            yield from re.findall("`((?:git|uv) [^`]+)`", "".join(texts))
+        elif isinstance(node, ast.Constant) and id(node) not in docstrings:
+            yield from re.findall("`((?:git|uv) [^`]+)`", str(node.value))
+
+
 NEAR_MISSES = """uv run python train.py
 uv run --with scipy train.py
 python3 train.py
@@ -46,7 +58,7 @@ git config user.name me
 rm -rf .git
 curl https://example.invalid
 sudo uv run train.py""".splitlines()
-NEAR_MISSES_OF_CLAUDE = [  # a rule of Codex is the beginning of a command, and lets these pass
+NEAR_MISSES_OF_CLAUDE = [  # a rule of Codex is the beginning of a command, and allows these
     "git show autoresearch/nov25/1234567 --output=prepare.py",
     'git show autoresearch/nov25/1234567 "--output=prepare.py"',
     "git show autoresearch/nov25/1234567\t--output=prepare.py",
@@ -61,11 +73,12 @@ def fill(command):
     return re.sub(r"<[^>]+>", "wider, and a higher rate", command)
 
 
-COMMANDS = sorted({fill(command) for command in DOCUMENTED}) + ASKED_BY_MESSAGES
+COMMANDS = sorted({fill(command) for command in (*DOCUMENTED, *advice())})
+COMMANDS += ["uv run prepare.py runs --json"]
 
 
 def claude_allows(command):
-    """Claude Code's rules: deny before allow; * stands for anything, also for nothing with the space before it."""
+    """Claude Code's rules: deny before allow; " *" stands for anything, and for nothing."""
 
     def matches(rule):
         if not (found := re.fullmatch(r"Bash\((.*)\)", rule)):
@@ -77,29 +90,53 @@ def claude_allows(command):
     return any(map(matches, rules["allow"])) and not any(map(matches, rules["deny"]))
 
 
+def test_messages_name_commands():
+    assert {"uv run train.py", "git reset --hard 1234567"} <= set(advice())
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_claude_code_runs_each_command_of_the_loop(command):
+def test_claude_code_and_codex_run_each_command_of_the_loop(command):
     assert claude_allows(command)
+    assert codex_decision(command) == "allow"
 
 
-@pytest.mark.parametrize("command", NEAR_MISSES + NEAR_MISSES_OF_CLAUDE)
-def test_claude_code_runs_no_near_miss(command):
+@pytest.mark.parametrize("command", NEAR_MISSES)
+def test_claude_code_and_codex_run_no_near_miss(command):
     assert not claude_allows(command)
+    assert codex_decision(command) in (None, "forbidden")
+
+
+@pytest.mark.parametrize("command", NEAR_MISSES_OF_CLAUDE)
+def test_claude_code_runs_no_command_in_disguise(command):
+    assert not claude_allows(command)
+
+
+def test_claude_code_reads_the_runs_and_no_tokens():
+    rules = SETTINGS["permissions"]
+    assert "Read(~/.cache/autoresearch/runs/**)" in rules["allow"]
+    assert "Read(~/.cache/autoresearch/**/*.tokens)" in rules["deny"]
 
 
 def test_claude_code_edits_train_py_and_nothing_else():
     rules = SETTINGS["permissions"]
-    assert [rule for rule in rules["allow"] if rule.startswith(("Edit", "Write"))] == ["Edit(./train.py)"]
+    assert [rule for rule in rules["allow"] if rule.startswith(("Edit", "Write"))] == [
+        "Edit(./train.py)"
+    ]
     denied = [re.fullmatch(r"Edit\(\./(.*)\)", rule) for rule in rules["deny"]]
     denied = [found[1] for found in denied if found]
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
-    for name in files:
-        assert any(fnmatch.fnmatch(name, pattern) for pattern in denied) == (name != "train.py"), name
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    for name in listed.stdout.split():
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in denied) == (name != "train.py"), (
+            name
+        )
 
 
 def test_a_command_of_claude_code_may_take_as_long_as_a_run():
-    minutes = int(re.search(r"time limit of (\d+) minutes", (ROOT / "program.md").read_text())[1])
-    assert minutes * 60 > prepare.RUN_LIMIT
+    page = (ROOT / "program.md").read_text()
+    minutes = int(re.search(r"time limit of (\d+) minutes", page)[1])
+    assert minutes * 60 > 2 * run.RUN_LIMIT  # training and evaluation have a limit each
     for name in ("BASH_DEFAULT_TIMEOUT_MS", "BASH_MAX_TIMEOUT_MS"):
         assert int(SETTINGS["env"][name]) == minutes * 60_000
 
@@ -140,17 +177,7 @@ def test_the_examples_of_the_rules_for_codex_hold():
             assert codex_decision(command, [rule]) is None
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_codex_runs_each_command_of_the_loop(command):
-    assert codex_decision(command) == "allow"
-
-
-@pytest.mark.parametrize("command", NEAR_MISSES)
-def test_codex_runs_no_near_miss(command):
-    assert codex_decision(command) in (None, "forbidden")
-
-
-@pytest.mark.skipif(not shutil.which("codex"), reason="needs the Codex command line: npm install -g @openai/codex")
+@pytest.mark.skipif(not shutil.which("codex"), reason="needs npm install -g @openai/codex")
 @pytest.mark.parametrize("command", COMMANDS + NEAR_MISSES)
 def test_codex_itself_decides_likewise(command):
     check = ["codex", "execpolicy", "check", "--rules", RULES, *shlex.split(command)]
@@ -159,7 +186,7 @@ def test_codex_itself_decides_likewise(command):
 
 
 class ScriptedModel(BaseHTTPRequestHandler):
-    """Speaks the Messages API: asks for one tool call after the other, and keeps what Claude Code answers to each."""
+    """Speaks the Messages API: asks for one tool call after another, and keeps the answers."""
 
     protocol_version = "HTTP/1.1"
 
@@ -170,19 +197,23 @@ class ScriptedModel(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if not body.get("tools") or "count_tokens" in self.path:  # a title, a summary: nothing that is tested
+        if not body.get("tools") or "count_tokens" in self.path:  # a title, a summary
             return self.answer("application/json", b'{"input_tokens": 1}')
-        parts = [part for message in body["messages"] for part in message["content"] if isinstance(part, dict)]
+        contents = [part for message in body["messages"] for part in message["content"]]
+        parts = [part for part in contents if isinstance(part, dict)]
         results = [json.dumps(part["content"]) for part in parts if part["type"] == "tool_result"]
         self.server.first = self.server.first or json.dumps(body)
         self.server.results = results
-        block, delta, reason = {"type": "text", "text": ""}, {"type": "text_delta", "text": "done"}, "end_turn"
+        block, reason = {"type": "text", "text": ""}, "end_turn"
+        delta = {"type": "text_delta", "text": "done"}
         if len(results) < len(self.server.calls):
             name, arguments = self.server.calls[len(results)]
             block = {"type": "tool_use", "id": f"toolu_{len(results)}", "name": name, "input": {}}
-            delta, reason = {"type": "input_json_delta", "partial_json": json.dumps(arguments)}, "tool_use"
-        message = {"id": "msg", "type": "message", "role": "assistant", "model": body["model"], "content": []}
-        message |= {"stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 1, "output_tokens": 1}}
+            delta = {"type": "input_json_delta", "partial_json": json.dumps(arguments)}
+            reason = "tool_use"
+        message = {"id": "msg", "type": "message", "role": "assistant", "model": body["model"]}
+        message |= {"content": [], "usage": {"input_tokens": 1, "output_tokens": 1}}
+        message |= {"stop_reason": None, "stop_sequence": None}
         stop = {"stop_reason": reason, "stop_sequence": None}
         events = {
             "message_start": {"message": message},
@@ -192,7 +223,8 @@ class ScriptedModel(BaseHTTPRequestHandler):
             "message_delta": {"delta": stop, "usage": {"output_tokens": 1}},
             "message_stop": {},
         }
-        lines = (f"event: {name}\ndata: {json.dumps({'type': name} | event)}\n\n" for name, event in events.items())
+        data = {name: json.dumps({"type": name} | event) for name, event in events.items()}
+        lines = (f"event: {name}\ndata: {line}\n\n" for name, line in data.items())
         self.answer("text/event-stream", "".join(lines).encode())
 
     def answer(self, kind, data):
@@ -215,6 +247,8 @@ git commit -am "$(git push)"
 git show autoresearch/nov25/1234567 > prepare.py
 cat train.py > prepare.py""".splitlines()
 OTHER_FILES = """prepare.py
+harness/run.py
+harness/ledger.py
 results.tsv
 program.md
 tests/conftest.py
@@ -227,35 +261,48 @@ tests/train.py
 ../elsewhere.py""".splitlines()
 
 
-@pytest.mark.skipif(not shutil.which("claude"), reason="needs Claude Code: npm install -g @anthropic-ai/claude-code")
+@pytest.mark.skipif(
+    not shutil.which("claude"), reason="needs npm install -g @anthropic-ai/claude-code"
+)
 def test_claude_code_itself_decides_likewise(tmp_path):
     clone, stub = tmp_path / "clone", tmp_path / "bin" / "uv"
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
     shutil.copy(ROOT / ".claude" / "overnight.json", clone / ".claude")
     stub.parent.mkdir()
-    stub.write_text("#!/bin/sh\necho uv $*\n")  # who decides is Claude Code; nothing has to be trained
+    stub.write_text(
+        "#!/bin/sh\necho uv $*\n"
+    )  # who decides is Claude Code; nothing has to be trained
     stub.chmod(0o755)
-    knob = {"old_string": "SOFT_CAP = 15.0", "new_string": "SOFT_CAP = 16.0"}
+    (clone / "train.py").write_text("CAP = 15\n")
+    knob = {"old_string": "CAP = 15", "new_string": "CAP = 16"}
     near_misses = NEAR_MISSES + NEAR_MISSES_OF_CLAUDE
     denied = [["Write", {"file_path": f"{clone}/{name}", "content": "x"}] for name in OTHER_FILES]
-    denied += [["Bash", {"command": command, "description": "x"}] for command in near_misses + COMPOUND]
+    denied += [
+        ["Bash", {"command": command, "description": "x"}] for command in near_misses + COMPOUND
+    ]
     allowed = [["Bash", {"command": command, "description": "x"}] for command in COMMANDS]
-    allowed += [["Read", {"file_path": f"{clone}/{name}"}] for name in ("prepare.py", "results.tsv", "train.py")]
+    readable = ("prepare.py", "harness/run.py", "results.tsv", "train.py")
+    allowed += [["Read", {"file_path": f"{clone}/{name}"}] for name in readable]
     allowed += [["Edit", {"file_path": f"{clone}/train.py"} | knob]]
     server = ThreadingHTTPServer(("127.0.0.1", 0), ScriptedModel)
     server.calls, server.results, server.first = denied + allowed, [], ""
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    own = {"CLAUDE_CONFIG_DIR": str(tmp_path / "config"), "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
-    own |= {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{server.server_port}", "ANTHROPIC_API_KEY": "none"}
-    own |= {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
-    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("claude "))
-    command, *flags, prompt = shlex.split(line)
-    night = [command, "-p", *flags, prompt]
-    subprocess.run(night, cwd=clone, env=os.environ | own, check=True, capture_output=True, timeout=300)
+    own = {
+        "CLAUDE_CONFIG_DIR": str(tmp_path / "config"),
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{server.server_port}",
+        "ANTHROPIC_API_KEY": "none",
+        "PATH": f"{stub.parent}:{os.environ['PATH']}",
+    }
+    lines = (ROOT / "README.md").read_text().splitlines()
+    command, *flags, prompt = shlex.split(next(x for x in lines if x.startswith("claude ")))
+    options = {"cwd": clone, "env": os.environ | own, "check": True, "capture_output": True}
+    subprocess.run([command, "-p", *flags, prompt], timeout=300, **options)
     server.shutdown()
     assert len(server.results) == len(server.calls)
+    denial = r"Permission to use \w+.* has been denied|denied by your permission settings"
     for (tool, arguments), result in zip(server.calls, server.results, strict=True):
-        refused = re.search(r"Permission to use \w+.* has been denied|denied by your permission settings", result)
+        refused = re.search(denial, result)
         assert bool(refused) == ([tool, arguments] in denied), (tool, arguments, result)
-    assert "SOFT_CAP = 16.0" in (clone / "train.py").read_text()
-    assert "# The research program" in server.first  # through .claude/CLAUDE.md, whatever is compacted later
+    assert (clone / "train.py").read_text() == "CAP = 16\n"
+    assert "# The research program" in server.first  # by .claude/CLAUDE.md, also when compacted
