@@ -177,7 +177,7 @@ class Night:
             seen += text
             if status == 0:
                 return seen
-            if "nothing to log: the last run has its row" in text:
+            if "has its row" in text and "another branch" not in text:
                 self.rows += [row for row in [row_in(text)] if row not in self.rows]
                 return seen
             if instead := re.search("log (keep or )?(crash|discard) instead", text):

@@ -69,8 +69,8 @@ BAD_FILES = {
     "jsonl of brackets": ("a.jsonl", b"[" * 200_000, f":1: {NO_JSON}"),
     "jsonl of broken UTF-8": ("a.jsonl", b'{"text": "\xff"}\n', f":1: {NO_JSON}"),
     "jsonl that is none": ("a.jsonl", b"hello\n", f":1: {NO_JSON}"),
-    "nothing": (".hidden", b"", r"no text in it, at any depth\. Read are .*\.jsonl"),
-    "pictures": ("a.png", b"\x89PNG", r"no text in it, at any depth\. Read are .*\.jsonl"),
+    "nothing": (".hidden", b"", r"no text in it\..*read: .*\.jsonl"),
+    "pictures": ("a.png", b"\x89PNG", r"no text in it\..*read: .*\.jsonl"),
     "an empty file": ("a.txt", b"", "too small: it takes a few hundred KB"),
     "a few words": ("a.txt", b"a few words\n\n" * 50, "too small: it takes a few hundred KB"),
     "only binary files": ("a.txt", bytes(range(256)) * 100, "too small: it takes a few hundred KB"),
@@ -284,7 +284,7 @@ def damage(path, how):
 def test_a_damaged_cache_is_found_and_fixed(corpus, monkeypatch, name, how):
     before = content(corpus)
     damage(corpus.directory / name, how)
-    message = f"missing or damaged in {corpus.directory}: {name}. `{corpus.command}` makes"
+    message = f"missing or damaged in {corpus.directory}: {name}. `{corpus.command}`"
     assert message in refusal(check, corpus, monkeypatch)
     if how != "one flipped bit":
         train(corpus)  # what is missing or too short is made again without a word from the user

@@ -1,6 +1,7 @@
 """A preparation that is killed, stopped or doubled: the next one ends as if nothing had been."""
 
 import contextlib
+import faulthandler
 import itertools
 import multiprocessing
 import os
@@ -19,12 +20,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import urllib3
 from conftest import ROOT, environ
 from hub import Hub
 
 import prepare
 
-BLOCK = 2**17  # bytes of a shard that may come twice for each kill: one in hand, one on the way
+BLOCK = 2**17  # bytes of a shard that may come twice for each kill
 VAL, FIRST, SECOND = "shard_06542.parquet", "shard_00000.parquet", "shard_00001.parquet"
 
 # Its children are forks of a process that has imported this module, but never prepared anything.
@@ -37,7 +39,10 @@ def work(choice, log, variables, at, number):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.dump_traceback_later(60, exit=True, file=2)  # rather than hang
     os.environ.update(variables)
+    little = (socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)  # of a shard is under way at any moment
+    urllib3.connection.HTTPConnection.default_socket_options.append(little)
     step, rename = itertools.count(0.5, 0.5), os.replace
 
     def replace(*paths):
@@ -66,7 +71,7 @@ class Scene:
         variables = {"AUTORESEARCH_CACHE": str(cache)}
         if self.hub:
             variables["HF_ENDPOINT"] = self.hub.endpoint
-        log = cache.with_suffix(".log")
+        log = cache.with_suffix(f".{len(self.started)}.log")
         arguments = (self.choice, log, variables, at, number)
         process = context.Process(target=work, args=arguments)
         process.log = log
@@ -77,7 +82,8 @@ class Scene:
     def finish(self, cache):
         """The next preparation: it ends as an undisturbed one, and repeats nothing."""
         done = identities(cache)
-        assert run(self.start(cache)) == 0, cache.with_suffix(".log").read_text()
+        process = self.start(cache)
+        assert run(process) == 0, process.log.read_text()
         assert content(cache) == self.whole
         now = identities(cache)
         assert {name: now[name] for name in done} == done
@@ -272,7 +278,7 @@ def test_of_commands_at_once_one_works_and_the_others_wait_and_can_be_stopped(sc
             os.kill(first.pid, signal.SIGCONT)
         time.sleep(0.01)
     assert [run(first), run(others[0])] == [0, 0]
-    said = first.log.read_text()
-    assert said.count("making") == 3
-    assert said.count("stopped.") == 1
+    said = [process.log.read_text() for process in (first, *others)]
+    assert [text.count("making") for text in said] == [3, 0, 0]
+    assert [text.count("stopped.") for text in said] == [0, 0, 1]
     assert content(cache) == scene.whole

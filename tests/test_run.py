@@ -6,15 +6,17 @@ import json
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, environ, replace
+from conftest import ROOT, environ, git, replace
 from night import BASELINE, COMMIT, RUN, SEEDS, TEXT, Command, Night, ask
 
 import prepare
@@ -117,10 +119,11 @@ def test_a_pipe_gets_a_line_now_and_then_and_at_most_60(night):
 
 def test_a_terminal_gets_one_live_line(night):
     ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
     night.edit(SLEEPS)
     run = Command(night, ["train.py"], output=os.ttyname(theirs))
     seen, live = b"", b"\r\x1b[Ktraining (0 s)"
-    while live * 2 not in seen and b"Traceback" not in seen:
+    while live * 2 not in seen and select.select([ours], [], [], 60)[0]:
         seen += os.read(ours, 1000)
     os.kill(run.pid, signal.SIGKILL)
     ask(wait=run.pid)
@@ -199,15 +202,14 @@ def test_a_loss_that_is_not_a_number_ends_the_run(night):
     "code",
     [
         "from harness.run import Run; Run.finish = lambda *_, **__: None",
-        "from harness.run import Run; stop = Run.stop\n"
-        "Run.stop = lambda *a: open('prepare.py', 'a').write('X = 9\\n') and stop(*a)",
+        "Bigram.forward = lambda *_: __import__('sys').exit()",
     ],
 )
-def test_a_run_that_was_not_judged_by_what_its_record_names_has_no_val_bpb(night, code):
+def test_a_run_that_ends_without_being_judged_is_a_crash(night, code):
     night.edit(code)
     status, text = night.do(RUN)
     assert (status, night.statuses()) == (1, [("crash", 42)])
-    assert "no val_bpb: run.finish() was not called, or the tokens were changed" in text
+    assert "no val_bpb: " in text
 
 
 def killed_at(night, die):
@@ -382,7 +384,7 @@ def test_a_model_that_changes_after_stop_is_refused(run, model, what):
     run.stop(model)
     with torch.no_grad():
         next(getattr(model, what)()).view(-1)[0] += 1
-    with pytest.raises(ValueError, match=r"parameters or buffers changed after stop\(\)"):
+    with pytest.raises(ValueError, match=r"weights or buffers changed after stop\(\)"):
         finish(run, model)
 
 
@@ -391,7 +393,7 @@ def test_a_model_that_learns_while_it_is_judged_is_refused(run, model):
     run.start(model)
     run.stop(model)
     model.register_forward_hook(lambda *_: model.seen.add_(1) and None)
-    with pytest.raises(ValueError, match=r"parameters or buffers changed after stop\(\)"):
+    with pytest.raises(ValueError, match=r"weights or buffers changed after stop\(\)"):
         finish(run, model)
 
 
@@ -399,7 +401,7 @@ def test_a_finish_that_comes_late_is_refused(run, model):
     run.start(model)
     run.stop(model)
     run.started -= GRACE_SECONDS + 1
-    with pytest.raises(ValueError, match=r"finish\(\) came \d+ s after stop\(\): at most 15"):
+    with pytest.raises(ValueError, match=r"finish\(\) came \d+ s after stop\(\)"):
         finish(run, model)
 
 
@@ -407,24 +409,33 @@ def test_a_finish_that_comes_late_is_refused(run, model):
 
 
 @pytest.fixture
-def add():
-    """Add a run to a list of records; with a status, also its row."""
-    runs = []
+def add(tmp_path, monkeypatch):
+    """Add a run to the records of a folder, and a commit; with a status, also its row.
+
+    Return what helps to decide about it.
+    """
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    git(tmp_path, "init", "-q", "-b", "autoresearch/test")
+    git(tmp_path, "config", "user.name", "test")
+    git(tmp_path, "config", "user.email", "test@example.invalid")
 
     def add(val_bpb, text, seed=42, logged=None, branch="autoresearch/test", **more):
-        run = {"id": str(len(runs)), "repository": str(record.ROOT), "status": "finished"}
+        git(tmp_path, "commit", "-q", "--allow-empty", "-m", f"{val_bpb}")
+        commit = git(tmp_path, "rev-parse", "HEAD")
+        run = {"id": record.new_id(), "repository": str(tmp_path), "status": "finished"}
         run |= {"harness": "h", "device": "d", "train_sha256": text, "seed": seed, "log": {}}
+        run |= {"commit": commit, "val_bpb": val_bpb} | more
         if logged:
-            run["log"] = {"status": logged, "branch": branch, "commit": f"{len(runs)}234567890"}
-        runs.append(run | {"val_bpb": val_bpb} | more)
-        if "repository" not in more:
-            return record.describe_value(runs[-1], runs, "autoresearch/test")
+            run["log"] = {"status": logged, "branch": branch, "commit": commit}
+        record.create_run(run, b"").close()
+        return record.describe_value(run) | {"commit": commit[:7]}
 
     return add
 
 
 def test_without_seeds_or_kept_runs_there_is_nothing_to_compare(add):
-    assert add(1.0, "a") == {}
+    assert list(add(1.0, "a")) == ["commit"]
 
 
 def test_the_noise_is_pooled_over_versions_with_several_seeds(add):
@@ -437,11 +448,12 @@ def test_the_noise_is_pooled_over_versions_with_several_seeds(add):
     add(5.0, "a", 6, status="crash")
     lines = add(0.8, "d")
     expected = math.sqrt((0.0008 + 0.0002) / (2 + 1))  # sums of squares over degrees of freedom
-    assert lines == {"noise": f"{expected:.6f} (standard deviation between seeds)"}
+    assert lines["noise"] == f"{expected:.6f} (standard deviation between seeds)"
+    assert "best_kept" not in lines
 
 
 def test_a_version_is_compared_with_the_best_one_that_this_branch_kept(add):
-    add(1.00, "a", 1, "keep")
+    best = add(1.00, "a", 1, "keep")["commit"]
     add(0.98, "a", 2)
     add(0.90, "b", logged="discard")
     add(0.80, "c")  # not logged
@@ -451,22 +463,22 @@ def test_a_version_is_compared_with_the_best_one_that_this_branch_kept(add):
     noise = math.sqrt(0.0002)  # of 1.00 and 0.98
     times = -0.038 / (noise * math.sqrt(1 + 1 / 2))
     lines = add(0.952, "g")
-    assert lines["best_kept"] == "0.990000 (0234567, seeds: 2)"
+    assert lines["best_kept"] == f"0.990000 ({best}, seeds: 2)"
     assert lines["difference"] == f"-0.038000 ({times:+.2f} x its noise, seeds: 1)"
     noise = math.sqrt((0.0002 + 0.000008) / 2)
     lines = add(0.956, "g", 43)
     assert lines["difference"] == f"-0.036000 ({-0.036 / noise:+.2f} x its noise, seeds: 2)"
     lines = add(0.999, "a", 3)
-    assert lines["best_kept"] == "0.993000 (0234567, seeds: 3)"
+    assert lines["best_kept"] == f"0.993000 ({best}, seeds: 3)"
     assert "difference" not in lines  # from itself
 
 
 def test_values_of_another_folder_are_not_used_but_for_the_noise(add):
-    add(1.00, "a", 1, "keep")
+    best = add(1.00, "a", 1, "keep")["commit"]
     add(0.10, "a", 2, repository="/somewhere/else")
     lines = add(0.90, "b")
     assert lines["noise"].startswith(f"{math.sqrt(0.405):.6f}")
-    assert lines["best_kept"] == "1.000000 (0234567, seeds: 1)"
+    assert lines["best_kept"] == f"1.000000 ({best}, seeds: 1)"
 
 
 # scripts of the family
