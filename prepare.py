@@ -137,7 +137,6 @@ def get_device() -> torch.device:
 def choose_corpus(choice: str | None = None, num_shards: int | None = None) -> Corpus:
     """Return the corpus of --corpus, else of $AUTORESEARCH_CORPUS, else of the device; print it."""
     cuda, why = get_device().type == "cuda", ""
-    scale = LARGE if cuda else SMALL
     choice = choice or os.environ.get("AUTORESEARCH_CORPUS")
     if not choice:
         choice = "climbmix" if cuda else "python"
@@ -151,10 +150,10 @@ def choose_corpus(choice: str | None = None, num_shards: int | None = None) -> C
     elif choice == "python":
         corpus = Corpus(choice, **SMALL)
     else:
-        folder = Path(choice).expanduser().resolve()
+        folder = Path(os.path.realpath(os.path.expanduser(choice)))
         if not folder.is_dir():
             raise SystemExit(f"corpus {choice}: not climbmix, not python, and no folder: {folder}")
-        corpus = Corpus("folder", **scale, folder=str(folder))
+        corpus = Corpus("folder", **LARGE if cuda else SMALL, folder=str(folder))
     say(f"corpus: {corpus.folder or corpus.name}{why}")
     return corpus
 
@@ -170,8 +169,8 @@ MAX_SEQ_LEN = (SMALL if SMALL_HERE else LARGE)["seq_len"]  # tokens, for scripts
 # Download ---------------------------------------------------------------------------------------
 
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # between tries that bring nothing: outlasts a minute
-STREAM = {"stream": True, "timeout": 30, "auth": lambda request: request}  # seconds; no .netrc
-FAILED = (requests.RequestException, ValueError)  # ValueError: no URL at all
+STREAM = {"stream": True, "timeout": 30}  # seconds
+FAILED = (requests.RequestException, ValueError, KeyError)  # no URL at all; a hub without size
 BYTES = {"unit": "B", "unit_scale": True, "disable": None}  # no bar but on a terminal
 
 
@@ -193,9 +192,10 @@ def fetch(part: Path, url: str) -> None:
         raise SystemExit("HF_TOKEN holds a character that no token has: copy it again, or unset it")
     headers = {"Range": f"bytes={done}-", "Accept-Encoding": "identity"}
     headers |= {"Authorization": f"Bearer {token}"} if token else {}  # not sent on to another host
+    os.environ["NETRC"] = os.devnull  # requests would send its passwords instead
     with requests.get(url, headers=headers, **STREAM) as answer:
         linked = [r.headers for r in (*answer.history, answer) if "X-Linked-ETag" in r.headers]
-        if not linked and answer.status_code in (200, 206, 401, 403, 404, 416):
+        if not linked and (answer.ok or answer.status_code in (401, 403, 404, 416)):
             seen = f"{url} answered {answer.status_code} without size and sha256 of a shard"
             raise SystemExit(f"{seen}: is HF_ENDPOINT right, if set, and HF_TOKEN?")
         if answer.status_code != 416:  # then `part` is complete, or longer than the shard
@@ -210,23 +210,23 @@ def fetch(part: Path, url: str) -> None:
     if file_size(part) < size and answer.status_code != 416:
         raise requests.RequestException(f"{file_size(part)} of {size} bytes came")
     if file_size(part) != size or sha256_file(part) != sha256:
-        part.unlink()
+        part.unlink(missing_ok=True)
         raise requests.RequestException("its sha256 was not the hub's, so it was deleted")
 
 
 def download(path: Path, corpus: Corpus) -> None:
     """Download a shard, resuming a partial one. Raises SystemExit with what to do if it fails."""
     part, waits = path.with_name(f"{path.name}.part"), iter(RETRY_SECONDS)
+    most = file_size(part)
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        before = file_size(part)
         try:
             fetch(part, shard_url(path.name))
             return os.replace(part, path)
         except FAILED as error:
             problem = f"{type(error).__name__}: {error}".split("?")[0]  # a signed URL stays secret
-        if file_size(part) > before:
-            waits = iter(RETRY_SECONDS)
+        if file_size(part) > most:
+            waits, most = iter(RETRY_SECONDS), file_size(part)
         if (wait := next(waits, None)) is None:
             raise SystemExit(
                 f"{path.name} did not arrive ({problem}). `{corpus.command}` resumes it. "
@@ -288,9 +288,14 @@ def find_sources(corpus: Corpus) -> list[Source]:
     return sorted(sources, key=lambda source: digest(source.name))
 
 
+def fail(error: OSError) -> None:
+    """Raise an error that would be passed over."""
+    raise error
+
+
 def walk(folder: str) -> Iterator[Path]:
     """Yield the text files in a folder, at any depth, but nothing hidden and not the cache."""
-    for place, folders, names in os.walk(folder):
+    for place, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(place, name) for name in names if not name.startswith(".")):
             is_text = path.suffix.lower() in TEXT_SUFFIXES and path.is_file()
@@ -319,7 +324,7 @@ def read_jsonl(path: Path) -> Iterator[str]:
             try:
                 text = json.loads(line)["text"] if line.strip() else ""
                 yield text.encode("utf-8", "replace").decode()
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 seen = f'{path}:{number}: expected a JSON object with a string under "text"'
                 raise SystemExit(f"{seen}, not {line[:40]!r}") from None
 
@@ -358,18 +363,16 @@ def local_documents(sources: list[Source], corpus: Corpus, split: str) -> Iterat
     One file in HOLDOUT is validation text, but of a large file one document in HOLDOUT. Files that
     are not UTF-8 text are skipped with a message.
     """
-    total, skipped = sum(source.size for source in sources), []
-
-    def is_in_split(position: int) -> bool:
-        return (position % HOLDOUT == HOLDOUT - 1) == (split == "val")
-
+    total, held_out, skipped = sum(source.size for source in sources), 0, []
     for position, source in enumerate(sources):
         whole = corpus.name == "python" or source.size <= total / 100
-        if whole and not is_in_split(position):
+        is_val = position % HOLDOUT == HOLDOUT - 1 and held_out + source.size <= total / 20
+        held_out += source.size * (whole and is_val)
+        if whole and is_val != (split == "val"):
             continue
         try:
             for index, text in enumerate(read_documents(source.path, 4 * corpus.seq_len)):
-                if whole or is_in_split(index):
+                if whole or (index % HOLDOUT == HOLDOUT - 1) == (split == "val"):
                     yield text
         except ValueError as error:  # UnicodeDecodeError is one
             skipped.append(f"{source.path} ({error})")
@@ -575,18 +578,17 @@ def file_names(corpus: Corpus) -> list[str]:
     return ["tokenizer.json", "val_rows.bin", *train]
 
 
-def find_damaged(corpus: Corpus, thorough: bool) -> list[str]:
+def find_damaged(corpus: Corpus, thorough: bool) -> list:
     """Return the files without the manifest's size or, if `thorough`, without its sha256."""
     manifest, names = read_manifest(corpus), file_names(corpus)
 
     def is_damaged(name: str) -> bool:
         path, entry = corpus.directory / name, manifest.get(name)
-        if not entry or file_size(path) != entry["size"]:
+        if not entry or file_size(path) != entry.get("size"):
             return True
-        return thorough and sha256_file(path) != entry["sha256"]
+        return thorough and sha256_file(path) != entry.get("sha256")
 
-    with ThreadPoolExecutor() as pool:
-        return list(itertools.compress(names, pool.map(is_damaged, names)))
+    return [name for name in names if is_damaged(name)]
 
 
 def read_verified(corpus: Corpus, name: str) -> bytes:
@@ -634,8 +636,8 @@ def harness_digest(corpus: Corpus) -> str:
     Two val_bpb compare only where it is equal.
     """
     files = read_manifest(corpus)
-    made = [files[name]["sha256"] for name in ("tokenizer.json", "val_rows.bin")]
-    settings = (corpus.name, corpus.vocab_size, corpus.seq_len, corpus.num_shards)
+    made = [files[name]["sha256"] for name in file_names(corpus)]
+    settings = (corpus.name, corpus.vocab_size, corpus.seq_len)
     return digest(JUDGE_SOURCES, settings, made)[:12]
 
 

@@ -79,8 +79,9 @@ def find_missing(rows: list[Row], runs: list) -> list[str]:
     for run in (run for run in runs if run["repository"] == repository):
         if run["log"].get("branch") == branch and run["log"]["row"] not in texts:
             faults.append(f"logged, but not in the ledger: {run['log']['row']!r}")
-        ended = run["status"] == "finished" and ids[0] <= run["id"] <= ids[-1]
-        if ended and run["train_sha256"] not in versions:
+        unlogged = run["status"] == "finished" and not run["log"]
+        within = ids[0] <= run["id"] <= ids[-1]
+        if unlogged and within and run["train_sha256"] not in versions:
             faults.append(f"a run has no row: {run['val_bpb']:.6f}, begun {run['time']}")
     return faults
 
@@ -96,7 +97,7 @@ def audit(name: str = "results.tsv") -> list[str]:
         noise = record.estimate_noise(alike)
     for index, row in enumerate(rows):
         wrong = check_run(row, rows[:index]) if recorded else []
-        if not git("rev-parse", "-q", "--verify", f"{row.commit}^0", default=""):
+        if not git("rev-parse", f"{row.commit}^0", default=""):
             wrong.append("git does not have its commit")
         if row.status == "keep":
             wrong += check_keep(row, best or row, noise)

@@ -55,7 +55,7 @@ def find_branch() -> tuple[str, str]:
     for name in ("main", "master", "origin/main", "origin/master"):
         if base := git("merge-base", "HEAD", name, default=""):
             return branch, base
-    raise SystemExit("git has no main to compare with: `git branch main <where your work began>`")
+    raise SystemExit("git has no main to compare with: ask the person where the work began")
 
 
 def read_ledger() -> Ledger:
@@ -68,12 +68,13 @@ def read_ledger() -> Ledger:
     logged = [run for run in runs if run["log"].get("branch") == branch]
     logged.sort(key=lambda run: run["log"]["time"])
     rows = [run["log"]["row"] for run in logged]
-    pattern = ("-E", "--grep=^log (keep|discard|crash): ")
-    last_log = git("log", "-1", "--format=%H", *pattern, f"{base}..HEAD", "--", "results.tsv")
+    log_commits = ("-E", "--grep=^log (keep|discard|crash): ", f"{base}..HEAD", "--", "results.tsv")
+    last_log = git("log", "-1", "--format=%H", *log_commits) or "none"
     in_git = read_rows(f"refs/{branch}/ledger")
-    if last_log:
-        in_git += read_rows(last_log)
-    only_in_git = [row for row in dict.fromkeys(in_git) if row not in rows]
+    in_git += [row for row in read_rows(last_log) if row not in in_git]
+    heads = git("for-each-ref", "--format=%(refname:lstrip=2)", "refs/heads/").splitlines()
+    recorded = [run["log"]["row"] for run in runs if run["log"].get("branch") in heads]
+    only_in_git = [row for row in in_git if row not in recorded]
     return Ledger(branch, base, runs, logged, [*only_in_git, *rows])
 
 
@@ -105,7 +106,7 @@ def kept_commit(ledger: Ledger) -> str:
     """Return the commit that was kept last; where the branch began, if there is none."""
     for row in reversed(ledger.rows):
         commit, _, _, status, _ = row.split("\t")
-        if status == "keep" and git("rev-parse", "-q", "--verify", f"{commit}^0", default=""):
+        if status == "keep" and git("rev-parse", f"{commit}^0", default=""):
             return commit
     return ledger.base
 
@@ -125,7 +126,7 @@ def refuse_files(base: str) -> None:
         raise SystemExit(f"only train.py may change, but {names} did: {undo}")
     for name in LOCKED:  # git may have been told to overlook a change
         in_base = git("rev-parse", f"{base}:./{name}", default="")
-        if git("hash-object", name, default="") != in_base:
+        if git("hash-object", name) != in_base:
             raise SystemExit(f"{name} is not that of {base[:7]}, though git shows no change in it")
     if stray := git("ls-files", "--others", "--exclude-standard", "--", "*.py"):
         raise SystemExit(f"{stray!r} is not in git: move what it does into train.py")
@@ -212,11 +213,9 @@ def log(status: str, *words: str) -> None:
         ledger = read_ledger()
         run = last_run(ledger)
         if row := find_row(run, ledger):
-            advice = "Edit train.py, commit it, `uv run train.py`"
             if row in ledger.rows:
-                write_ledger(ledger)
-            else:
-                advice = "It is on another branch; here, `uv run train.py`"
+                write_ledger(ledger)  # completes what a killed call began
+            advice = "Next: an idea, committed, and `uv run train.py`"
             raise SystemExit(f"nothing to log: the last run has its row, {row!r}. {advice}")
         refuse_row(run, status, ledger)
         run["log"] = new_entry(run, status, description, ledger)

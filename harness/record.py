@@ -170,7 +170,7 @@ def read_runs() -> list[dict]:
     for path in sorted(cache_root().glob("runs/[0-9]*/run.json")):
         try:
             runs.append(read_run(path.parent))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"{path} can't be read and is skipped: {error!r}", file=sys.stderr)
     return runs
 

@@ -19,7 +19,9 @@ import prepare  # noqa: E402  found through the lines above
 
 # The tests use a CPU's settings, also on a machine with a GPU; those marked gpu name their device.
 prepare.get_device = lambda: torch.device("cpu")
-torch.set_num_threads(1)  # small tensors: threads that wait for each other cost more than they bring
+torch.set_num_threads(
+    1
+)  # small tensors: threads that wait for each other cost more than they bring
 
 SHIPPED = ("prepare.py", "program.md", ".gitignore", ".python-version", "pyproject.toml", "uv.lock")
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
