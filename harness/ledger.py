@@ -43,7 +43,7 @@ def is_of(run: dict, text: str) -> bool:
     return path.read_text(errors="replace").strip() == text
 
 
-def find_branch() -> tuple[str, str]:
+def find_branch() -> tuple:
     """Return the branch that is checked out, and the commit where it left main.
 
     Raises SystemExit if it is not a branch for experiments.
@@ -87,7 +87,7 @@ def last_run(ledger: Ledger) -> dict:
     return ledger.runs[-1]
 
 
-def find_row(run: dict, ledger: Ledger) -> str | None:
+def find_row(run: dict, ledger: Ledger) -> str:
     """Return the row that a run has, or its train.py, if that was kept."""
     for other in ledger.logged:
         is_kept = other["log"]["status"] == "keep"
@@ -135,14 +135,14 @@ def refuse_files(base: str) -> None:
 def refuse_row(run: dict, status: str, ledger: Ledger) -> None:
     """Raise SystemExit, with what to do, if a run can't have a row of this status."""
     seeds, kept = finished_seeds(run, ledger), kept_commit(ledger)
-    head, train_kept = train_py("HEAD"), train_py(kept)
-    on_disk = (ROOT / "train.py").read_text(errors="replace").strip()
-    again = "`uv run train.py`"
+    head = train_py("HEAD")
+    train_kept = train_py(kept)
+    on_disk = (ROOT / "train.py").read_text().strip()
     back = f"`git reset --hard {run['commit'][:7]}`"
     if status == "crash" and seeds:
         raise SystemExit(f"its val_bpb is {seeds[0]['val_bpb']:.6f}: log keep or discard instead")
     if status != "crash" and not seeds:
-        advice = again if is_of(run, on_disk) else f"{back}, {again}"
+        advice = "`uv run train.py`" if is_of(run, on_disk) else f"{back}, `uv run train.py`"
         if run["status"] in ("crash", "timeout"):
             advice = "log crash instead"
         raise SystemExit(f"the last run has no val_bpb ({run['status']}): {advice}")
@@ -154,18 +154,18 @@ def refuse_row(run: dict, status: str, ledger: Ledger) -> None:
         raise SystemExit(f"the experiment is still in the branch: {advice}")
     refuse_files(ledger.base)
     if run["judge"] != record.digest(record.judge_sources()):
-        raise SystemExit(f"the last run was judged by other code: {again}")
+        raise SystemExit("the last run was judged by other code: `uv run train.py`")
     kept_runs = [other for other in ledger.logged if other["log"]["status"] == "keep"]
     best = kept_runs[-1] if kept_runs else run
     if status != "crash" and not record.comparable(best, seeds[0]):
-        seen = f"the last run ({run['harness']}, {run['device']}) does not compare with the kept"
+        seen = f"{run['harness']} on {run['device']}, kept: {best['harness']} on {best['device']}"
         advice = "use the same corpus and device, or `git checkout -b autoresearch/<tag> main`"
-        raise SystemExit(f"{seen} ({best['harness']}, {best['device']}): {advice}")
+        raise SystemExit(f"the last run does not compare with what was kept ({seen}): {advice}")
     if status == "keep" and not is_of(run, head):
         back = '`git commit -am "<idea>"`' if is_of(run, on_disk) else back
         raise SystemExit(f"HEAD has another train.py than the last run: {back}, log again")
     if status == "keep" and all(other["seed"] != SEED for other in seeds):
-        raise SystemExit(f"a row needs the run with seed {SEED}: {again}")
+        raise SystemExit(f"a row needs the run with seed {SEED}: `uv run train.py`")
 
 
 # Writing ----------------------------------------------------------------------------------------
@@ -213,10 +213,10 @@ def log(status: str, *words: str) -> None:
         ledger = read_ledger()
         run = last_run(ledger)
         if row := find_row(run, ledger):
+            where = "here" if row in ledger.rows else "on another branch (here `uv run train.py`)"
             if row in ledger.rows:
                 write_ledger(ledger)  # completes what a killed call began
-            advice = "Next: an idea, committed, and `uv run train.py`"
-            raise SystemExit(f"nothing to log: the last run has its row, {row!r}. {advice}")
+            raise SystemExit(f"nothing to log: the last run has its row {where}: {row!r}")
         refuse_row(run, status, ledger)
         run["log"] = new_entry(run, status, description, ledger)
         record.write_run(run)

@@ -236,7 +236,7 @@ class Night:
 
 def row_in(text):
     """The row that a refusal says the last run has."""
-    quoted = re.search(r"has its row, (['\"].*['\"])\. Edit", text)[1]
+    quoted = re.search(r"has its row here: (['\"].*['\"])", text)[1]
     return quoted[1:-1].replace("\\t", "\t")
 
 

@@ -462,7 +462,7 @@ def test_a_run_by_another_judge_has_no_row_beside_those_of_this_one(night):
 def test_a_run_of_another_corpus_has_no_row_beside_those_of_this_one(night):
     night.back_to("better committed")
     night.must(f"{RUN} --corpus {commands.TEXT.parent / 'isomorphism'}")
-    night.refused(KEEP, "does not compare with the kept")
+    night.refused(KEEP, "does not compare with what was kept")
     night.must(RUN)
     night.must(KEEP)
     night.verify()
@@ -555,7 +555,7 @@ def test_a_second_worktree_has_rows_and_values_of_its_own(night):
 def test_a_night_that_begins_after_another_has_rows_of_its_own(night):
     night.git("checkout", "-q", "-b", "autoresearch/nov26", "main")
     night.rows = []
-    assert "It is on another branch; here, `uv run train.py`" in night.carry_on(BASELINE)
+    assert "the last run has its row on another branch " in night.carry_on(BASELINE)
     assert ["\t".join(row) for row in table(night)] == night.rows
     night.git("checkout", "-q", BRANCH)
 
