@@ -54,7 +54,7 @@ def keep_books() -> int | None:
     return ledger.log(*arguments.words) if arguments.words else ledger.show()
 
 
-if __name__ == "__main__" and {"log", "runs", "audit"} & {*sys.argv[1:]}:
+if __name__ == "__main__" and parse_arguments().command in ("log", "runs", "audit"):
     sys.exit(keep_books())
 
 import base64
@@ -670,7 +670,7 @@ def read_val_rows(corpus: Corpus) -> np.ndarray:
 
 def make_dataloader(
     tokenizer: Tokenizer, B: int, T: int, split: str, seed: int = SEED, part: tuple = (0, 1)
-) -> Iterator[tuple[Tensor, Tensor, int]]:
+) -> Iterator[tuple]:
     """Yield (x, y, epoch) for ever: inputs and targets, int64 (B, T), on the device.
 
     split: train, or val for the fixed rows over and over. Rows depend on corpus, T and seed alone.
@@ -686,17 +686,17 @@ def make_dataloader(
         expected = f"train, or val with T up to {corpus.seq_len}"
         raise ValueError(f"split {split!r}, T {T}: expected {expected}")
 
-    def next_batch() -> tuple[Tensor, int]:
+    def next_batch() -> tuple:
         picked, epochs = zip(*itertools.islice(rows, B), strict=True)
         batch = torch.from_numpy(np.stack(picked).view(np.int16))  # ids are below 2^15
         return batch.pin_memory() if device.type == "cuda" else batch, epochs[-1]
 
     worker = ThreadPoolExecutor(1, "dataloader")
-    ready = worker.submit(next_batch)
+    ready = [worker.submit(next_batch) for _ in range(4)]
     try:
         while True:
-            batch, epoch = ready.result()
-            ready = worker.submit(next_batch)
+            batch, epoch = ready.pop(0).result()
+            ready.append(worker.submit(next_batch))
             batch = batch.to(device, non_blocking=True)  # two bytes a token, eight below
             yield batch[:, :-1].long(), batch[:, 1:].long(), epoch
     finally:
