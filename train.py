@@ -522,10 +522,9 @@ class NgramTables(nn.Module):
     def fill_table(self, index: int, ids: Tensor, targets: Tensor) -> None:
         """Count what follows each context of one length."""
         vocab_size = len(self.projection)
-        hashes = hash_contexts(ids, NGRAM_CONTEXTS[index])
-        pairs = (hashes * vocab_size + targets).numpy()
+        pairs = (hash_contexts(ids, NGRAM_CONTEXTS[index]) * vocab_size + targets).numpy()
         pairs, counts = np.unique(pairs, return_counts=True)
-        contexts, tokens = pairs // vocab_size, pairs % vocab_size
+        contexts = pairs // vocab_size
         contexts, first, size = np.unique(contexts, return_index=True, return_counts=True)
         totals = np.add.reduceat(counts, first)
 
@@ -537,7 +536,7 @@ class NgramTables(nn.Module):
 
         rows = np.zeros((NGRAM_ROWS, 1 + NGRAM_CANDIDATES), dtype=np.int32)
         rows[:, 0] = np.append(contexts // NGRAM_ROWS + 1, 0)[winner]
-        scores = counts * vocab_size + tokens
+        scores = counts * vocab_size + pairs % vocab_size
         for k in range(NGRAM_CANDIDATES):
             best = np.maximum.reduceat(scores, first)
             scores[scores == np.repeat(best, size)] = 0
