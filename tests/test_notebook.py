@@ -77,6 +77,8 @@ class Night:
 
     def __init__(self, clone, cache):
         self.clone, self.cache = clone, cache
+        ask = "from harness.record import *; print(digest(judge_sources()))"
+        self.judge = subprocess.check_output([sys.executable, "-c", ask], cwd=clone, text=True)
         self.clock = datetime.now(UTC) - timedelta(hours=2)
         self.experiment("keep", "baseline", 1.3, 1.302, 1.298)
         self.experiment("keep", "wider", 1.28, 1.281, 1.279)
@@ -105,6 +107,7 @@ class Night:
             "commit": git(self.clone, "rev-parse", "HEAD"),
             "train_committed": True,
             "train_sha256": hashlib.sha256(source).hexdigest(),
+            "judge": self.judge.strip(),
             "harness": "0123456789ab",
             "seed": seed,
             "device": "cpu (AVX2)",
