@@ -46,6 +46,7 @@ def command(start, cwd, environ, output, die):
     os.chdir(cwd)
     os.environ.update(environ)
     sys.argv, sys.path[0] = start, cwd
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     for name in [name for name in sys.modules if name.split(".")[0] in ("prepare", "harness")]:
         del sys.modules[name]
 
