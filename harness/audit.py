@@ -86,15 +86,13 @@ def find_missing(rows: list[Row], runs: list) -> list[str]:
     return faults
 
 
-def audit(name: str = "results.tsv") -> list[str]:
+def audit(name: str) -> list[str]:
     """Return what does not fit together in a ledger, a file or a branch, a sentence each."""
     runs, best = record.read_runs(), None
     rows, faults = read_rows(name, runs)
     recorded = [row.run for row in rows if row.run]
-    noise = 0.0
-    if recorded:
-        alike = [run for run in runs if record.comparable(recorded[-1], run)]
-        noise = record.estimate_noise(alike)
+    alike = record.find_comparable(recorded[-1], runs) if recorded else []
+    noise = record.estimate_noise(alike)
     for index, row in enumerate(rows):
         wrong = check_run(row, rows[:index]) if recorded else []
         if not git("rev-parse", f"{row.commit}^0", default=""):
@@ -106,10 +104,10 @@ def audit(name: str = "results.tsv") -> list[str]:
     return faults + find_missing(rows, runs)
 
 
-def print_audit(names: list[str]) -> int:
-    """Print the audit of ledgers; return 1 if something does not fit together."""
+def print_audit(names: list[str]) -> bool:
+    """Print the audit of ledgers; return whether something does not fit together."""
     found = {name: audit(name) for name in names}
     for name, faults in found.items():
         summary = f"{name}: {len(faults) or 'no'} faults"
         print(*faults, summary, sep="\n")
-    return int(any(found.values()))
+    return any(found.values())

@@ -98,7 +98,7 @@ def find_row(run: dict, ledger: Ledger) -> str:
 
 def finished_seeds(run: dict, ledger: Ledger) -> list[dict]:
     """Return the finished runs of the same train.py that compare with a run."""
-    alike = [other for other in ledger.runs if record.comparable(run, other)]
+    alike = record.find_comparable(run, ledger.runs)
     return [other for other in alike if other["train_sha256"] == run["train_sha256"]]
 
 

@@ -211,6 +211,11 @@ def comparable(run: dict, other: dict) -> bool:
     return same and other["status"] == "finished"
 
 
+def find_comparable(run: dict, runs: list[dict]) -> list[dict]:
+    """Return the finished runs that compare with a run."""
+    return [other for other in runs if comparable(run, other)]
+
+
 def group_by_version(runs: list[dict]) -> dict[str, dict]:
     """Return {train_sha256: {seed: val_bpb}}; of several runs of one seed the mean counts."""
     values = defaultdict(lambda: defaultdict(list))
@@ -249,15 +254,15 @@ def describe_value(run: dict) -> dict[str, str]:
     The noise is that of all runs that compare; values are those of this folder's own runs.
     """
     runs, branch = read_runs(), git("branch", "--show-current", default="")
-    alike = [other for other in runs if comparable(run, other)]
-    values, this = average(own_runs(alike)), run["train_sha256"]
+    own = own_runs(runs)
+    this = run["train_sha256"]
+    values = average(find_comparable(run, own))
     kept, lines = {}, {}
-    for other in own_runs(runs):
+    for other in own:
         entry, version = other["log"], other["train_sha256"]
-        is_kept = (entry.get("branch"), entry.get("status")) == (branch, "keep")
-        if is_kept and version in values:
+        if entry.get("branch") == branch and entry["status"] == "keep" and version in values:
             kept[version] = entry["commit"][:7]
-    if noise := estimate_noise(alike):
+    if noise := estimate_noise(find_comparable(run, runs)):
         lines["noise"] = f"{noise:.6f} (standard deviation between seeds)"
     if not kept or this not in values:  # a full disk may have kept this run off the record
         return lines
