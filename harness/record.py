@@ -152,7 +152,7 @@ def is_running(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> dict:
-    """Return the record of a run; one that ended without a record was killed, or timed out."""
+    """Return the record of a run; one whose process is gone was killed, or ran out of time."""
     path = folder / "run.json"
     run = json.loads(path.read_text())
     if run["status"] == "running" and not is_running(folder):
