@@ -45,15 +45,20 @@ ROTARY_BASE = 200_000  # base of the rotary frequencies
 SMEAR = (0.25, 0.0) if CUDA else (0.5, 0.5)  # part of (attention, MLP) input from one token back
 SOFT_CAP = 15.0 if CUDA else 0.0  # bound of the logits; 0: none
 X0_LAMBDA = 0.05  # initial weight of the embedding in the input of each block
+QK_SCALE = 1.0  # factor of the attention's logits
+VALUE_EVERY = 2  # value embeddings in every n-th block, counted back from the last
+GATE_CHANNELS = 32  # channels that decide how much of the value embeddings a head takes
+GATE_SCALE = 2.0  # most that a head takes
 MATRIX_INIT = 0.68  # bound of the blocks' initial weights, times √(3 / width)
 
 # n-gram tables
-NGRAM_CONTEXTS = () if CUDA else (2, 3, 4)  # context lengths in tokens, a table each; (): no tables
+NGRAM_CONTEXTS = () if CUDA else (1, 2, 3, 4, 5, 6, 8)  # lengths in tokens; (): no tables
+NGRAM_MATCHES = 3  # longest matching contexts that give candidates
 NGRAM_CANDIDATES = 6  # most frequent next tokens kept for a context
-NGRAM_PART = 0.5  # part of each shard that is counted instead of trained on
+NGRAM_PART = 0.9  # part of each shard that is counted instead of trained on
 NGRAM_MIN_TOKENS = 2**22  # no tables are made from fewer tokens
-NGRAM_MAX_TOKENS = 2**25  # no more tokens are counted
-NGRAM_ROWS = 2**23  # rows of a table; each holds one context
+NGRAM_MAX_TOKENS = 2**26  # no more tokens are counted
+NGRAM_ROWS = 2**22  # rows of a table; each holds one context
 
 # batch
 TOTAL_BATCH_SIZE = 2**18 if CUDA else 2**12  # tokens a step
@@ -62,10 +67,11 @@ HEAD_CHUNK = 2**15 if CUDA else 2**10  # tokens whose logits are in memory at a 
 
 # optimizer: Muon for the matrices of the blocks
 MATRIX_LR = 0.04 if CUDA else 0.028  # times √(rows / columns) for a tall matrix
-WEIGHT_DECAY = 0.2  # falls linearly to 0
-MUON_MOMENTUM = (0.85, 0.95)  # at the first step and after the warm-up
-MUON_MOMENTUM_STEPS = 200  # length of that warm-up
-MUON_BETA2 = 0.95  # decay rate of NorMuon's variance
+WEIGHT_DECAY = 0.2  # times (1 - progress)^DECAY_POWER
+DECAY_POWER = 1
+MUON_MOMENTUM = (0.85, 0.95)  # at the start and after the warm-up
+MUON_WARMUP = 0.15 if CUDA else 0.4  # first part of the budget, in which momentum rises
+MUON_BETA2 = 0.95  # decay rate of NorMuon's variance; 0: no variance reduction
 
 # optimizer: AdamW for the rest; ° scales a rate by (width / 768)^-½
 HEAD_LR = 0.005 if CUDA else 0.0035  # °
@@ -81,6 +87,9 @@ ADAM_EPS = 1e-10  # keeps from dividing by 0
 # schedule
 WARMDOWN = 0.75 if CUDA else 0.5  # last part of the budget, in which the learning rates fall
 FINAL_LR = 0.05 if CUDA else 0.0  # part of the learning rates that remains at the end
+
+# torch.compile: "cpp.vec_isa_ok" skips a slow test of a CPU's vector instructions
+COMPILE_OPTIONS = {} if CUDA else {"cpp.vec_isa_ok": True}
 
 # Device -------------------------------------------------------------------------------------------
 
@@ -284,8 +293,8 @@ class Config:
 
     @property
     def value_blocks(self) -> range:
-        """Blocks with value embeddings: every other one, the last included."""
-        return range((self.depth - 1) % 2, self.depth, 2)
+        """Blocks with value embeddings, the last included."""
+        return range((self.depth - 1) % VALUE_EVERY, self.depth, VALUE_EVERY)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -324,7 +333,7 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(width, 4 * width, bias=False)
         self.mlp_out = nn.Linear(4 * width, width, bias=False)
         if index in config.value_blocks:
-            self.gate = nn.Linear(32, width // self.head_dim, bias=False)
+            self.gate = nn.Linear(GATE_CHANNELS, width // self.head_dim, bias=False)
 
     def forward(
         self, x: Tensor, values: Tensor | None, rotary: Tensor, attention: Attention
@@ -335,10 +344,10 @@ class Block(nn.Module):
         qkv = qkv.unflatten(-1, (3, -1, self.head_dim))
         q, k, v = qkv.unbind(-3)
         if values is not None:
-            gate = 2 * torch.sigmoid(self.gate(y[..., :32]))
+            gate = GATE_SCALE * torch.sigmoid(self.gate(y[..., :GATE_CHANNELS]))
             values = values.unflatten(-1, (-1, self.head_dim))
             v = v + gate.unsqueeze(-1) * values
-        q = norm(rotate(q, rotary))
+        q = norm(rotate(q, rotary)) * QK_SCALE
         k = norm(rotate(k, rotary))
         y = attention(q, k, v, self.window)
         x = x + self.attention_out(y.flatten(-2))
@@ -350,21 +359,26 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model. `attention` may be replaced, as long as its windows are the config's."""
 
-    def __init__(self, config: Config, attention: Attention, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: Config,
+        attention: Attention,
+        dtype: torch.dtype,
+        ngrams: "NgramTables | None" = None,
+    ):
         super().__init__()
         self.config = config
         self.attention = attention
         self.dtype = dtype
+        self.ngrams = ngrams
         vocab_size, width, depth = config.vocab_size, config.width, config.depth
         self.embedding = nn.Embedding(vocab_size, width)
-        self.value_embeddings = nn.ModuleDict()
-        for i in config.value_blocks:
-            self.value_embeddings[str(i)] = nn.Embedding(vocab_size, width)
+        values = len(config.value_blocks) * width
+        self.value_embeddings = nn.Embedding(vocab_size, values)  # of all blocks in one look-up
         self.blocks = nn.ModuleList(Block(config, i) for i in range(depth))
         self.head = nn.Linear(width, vocab_size, bias=False)
         self.resid_lambdas = nn.Parameter(torch.ones(depth))
         self.x0_lambdas = nn.Parameter(torch.full((depth,), X0_LAMBDA))
-        self.ngrams = NgramTables(vocab_size, width, dtype) if NGRAM_CONTEXTS else None
 
         exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
         positions = torch.arange(config.seq_len).float()
@@ -378,9 +392,8 @@ class GPT(nn.Module):
         bound = math.sqrt(3 / self.config.width)
         nn.init.normal_(self.embedding.weight, std=1.0)
         nn.init.normal_(self.head.weight, std=0.001)
-        for embedding in self.value_embeddings.values():
-            nn.init.uniform_(embedding.weight, -bound, bound)
-            embedding.to(self.dtype)
+        nn.init.uniform_(self.value_embeddings.weight, -bound, bound)
+        self.value_embeddings.to(self.dtype)
         self.embedding.to(self.dtype)
 
         zero = ("attention_out", "mlp_out", "gate")
@@ -393,24 +406,24 @@ class GPT(nn.Module):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             x = norm(self.embedding(ids))
             if self.ngrams:
-                candidates, weights = self.ngrams(ids)
-                x = x + self.ngrams.embed(candidates, weights).to(x.dtype)
+                embedding, *candidates = self.ngrams(ids)
+                x = x + embedding.to(x.dtype)
             x0 = x
             rotary = self.rotary[:, : ids.size(1)]
+            values = iter(self.value_embeddings(ids).split(self.config.width, -1))
             for i, block in enumerate(self.blocks):
-                has_values = i in self.config.value_blocks
-                values = self.value_embeddings[str(i)](ids) if has_values else None
+                own_values = next(values) if i in self.config.value_blocks else None
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
-                x = block(x, values, rotary, self.attention)
+                x = block(x, own_values, rotary, self.attention)
             x = norm(x)
-            bonus = self.ngrams.compute_bonus(x, candidates, weights) if self.ngrams else []
+            bonus = self.ngrams.compute_bonus(x, *candidates) if self.ngrams else []
             if targets is None:
                 return cap_logits(self.head(x), *bonus)
 
         x = x.flatten(0, 1).to(self.dtype)
         weight = self.head.weight.to(self.dtype)
         bonus = [tensor.flatten(0, 1) for tensor in bonus]
-        return CappedCrossEntropy.apply(x, weight, targets.flatten(), *bonus)
+        return ChunkedLoss.apply(x, weight, targets.flatten(), *bonus)
 
     def flops_per_token(self) -> int:
         """Count the FLOPs of forward and backward; all of a window counts, as in PaLM.
@@ -438,44 +451,42 @@ def cap_logits(logits: Tensor, *bonus: Tensor) -> Tensor:
     return SOFT_CAP - 2 * SOFT_CAP / (1 + power)
 
 
-class CappedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of cap_logits(x @ weight.T, *bonus), and its gradients with it.
+def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, *bonus: Tensor) -> Tensor:
+    """Return the summed cross-entropy of some tokens; autograd differentiates what stands here.
 
-    Takes HEAD_CHUNK tokens at a time and keeps no logits. x: (N, width). weight: (vocab, width).
-    targets: (N,). bonus: as for cap_logits.
+    x: (N, width). weight: (vocab, width). targets: (N,). bonus: as for cap_logits.
     """
+    logits = cap_logits(x @ weight.T, *bonus)
+    exp_sum = torch.exp2(logits * (1 / math.log(2))).sum(-1)  # faster than exp on a CPU
+    tokens = torch.arange(len(weight), device=x.device, dtype=torch.int32)
+    is_target = targets[:, None].int() == tokens
+    return exp_sum.log().sum() - (logits * is_target).sum()
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Mean of chunk_loss, HEAD_CHUNK tokens at a time. It keeps gradients instead of logits."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, *bonus: Tensor) -> Tensor:
-        total, weight_grad = 0.0, 0.0
-        x_grads, bonus_grads = [], []
-        tensors = (x, targets[:, None], *bonus)
-        chunks = zip(*(tensor.split(HEAD_CHUNK) for tensor in tensors), strict=True)
-        for part, target, *part_bonus in chunks:
-            logits = cap_logits(part @ weight.T, *part_bonus)
-            exp = torch.exp2(logits * (1 / math.log(2)))  # faster than exp on a CPU
-            exp_sum = exp.sum(-1, keepdim=True)
-            losses = exp_sum.log() - logits.gather(1, target)
-            total = total + losses.sum()
-
-            tokens = torch.arange(len(weight), device=x.device, dtype=torch.int32)
-            grad = exp / exp_sum - (target.int() == tokens).float()
-            if SOFT_CAP:
-                grad = grad * (1 - (logits / SOFT_CAP).square())
-            grad = (grad / len(x)).to(x.dtype)
-            x_grads.append(grad @ weight)
-            weight_grad = weight_grad + (grad.T @ part).float()
-            if bonus:
-                bonus_grads.append(grad.gather(1, part_bonus[0]).float())
-
-        bonus_grad = [torch.cat(bonus_grads)] if bonus else []
-        ctx.save_for_backward(torch.cat(x_grads), weight_grad, *bonus_grad)
+        total, weight_grad, grads = 0.0, 0.0, []
+        inputs = (0, 1, 4) if bonus else (0, 1)  # x, weight, and what is added to the logits
+        compute = torch.func.grad_and_value(chunk_loss, argnums=inputs)
+        tensors = (tensor.split(HEAD_CHUNK) for tensor in (x, targets, *bonus))
+        for part, *rest in zip(*tensors, strict=True):
+            (x_grad, part_grad, *bonus_grad), loss = compute(part, weight, *rest)
+            weight_grad = weight_grad + part_grad.float()
+            grads.append((x_grad, *bonus_grad))
+            total = total + loss
+        x_grad, *bonus_grad = (torch.cat(parts) for parts in zip(*grads, strict=True))
+        ctx.save_for_backward(x_grad, weight_grad, *bonus_grad)
+        ctx.tokens = len(x)
         return total / len(x)
 
     @staticmethod
     def backward(ctx, factor: Tensor) -> tuple:
-        x_grad, weight_grad, *bonus_grad = (grad * factor for grad in ctx.saved_tensors)
-        return x_grad, weight_grad, None, None, *bonus_grad  # none for targets and candidates
+        grads = (grad * (factor / ctx.tokens) for grad in ctx.saved_tensors)
+        x_grad, weight_grad, *bonus_grad = grads
+        return x_grad, weight_grad, None, *([None, *bonus_grad] if bonus_grad else [])
 
 
 # N-gram tables ------------------------------------------------------------------------------------
@@ -493,81 +504,89 @@ def hash_contexts(ids: Tensor, context: int) -> Tensor:
     return hashes
 
 
-class NgramTables(nn.Module):
-    """Candidates for the next token: those that followed the last few tokens most often.
+def sort(values: Tensor) -> Tensor:
+    """Return values (n,) in ascending order. NumPy sorts faster than PyTorch on a CPU."""
+    if values.is_cuda:
+        return values.sort().values
+    return torch.from_numpy(np.sort(values.numpy()))
 
-    They are counted in text that is not trained on: there they would be right too often.
+
+class NgramTables(nn.Module):
+    """Candidates for the next token: those that most often followed the last few tokens.
+
+    Of all context lengths the longest that match give candidates. They are counted in text that is
+    not trained on: there they would be right too often.
     """
 
-    def __init__(self, vocab_size: int, width: int, dtype: torch.dtype):
+    def __init__(self, vocab_size: int, width: int, dtype: torch.dtype, device: torch.device):
         super().__init__()
         tables = len(NGRAM_CONTEXTS)
-        self.gate = nn.Parameter(torch.zeros(tables * NGRAM_CANDIDATES, width))
-
+        self.gate = nn.Parameter(torch.zeros(NGRAM_MATCHES * NGRAM_CANDIDATES, width))
         generator = torch.Generator().manual_seed(0)
-        shape = (vocab_size, math.ceil(width / tables))
-        projection = torch.randn(shape, generator=generator).to(dtype)
-        self.register_buffer("projection", projection, persistent=False)
+        shape = (vocab_size, math.ceil(width / NGRAM_MATCHES))
+        self.projection = torch.randn(shape, generator=generator).to(device, dtype)
+        shape = (tables + 1, width)
+        self.level_projection = torch.randn(shape, generator=generator).to(device, dtype)
 
         # A row: its context's hash // NGRAM_ROWS + 1, or 0 if it is empty, then the candidates,
-        # each as token · 2^16 + weight · 2^16.
-        table = torch.zeros(tables, NGRAM_ROWS, 1 + NGRAM_CANDIDATES, dtype=torch.int32)
-        self.register_buffer("table", table, persistent=False)
+        # each as token · 2^16 + weight · 2^16. No buffer, for it is not learned.
+        shape = (tables, NGRAM_ROWS, 1 + NGRAM_CANDIDATES)
+        self.table = torch.zeros(shape, dtype=torch.int32, device=device)
 
-    def count(self, ids: Tensor, targets: Tensor) -> None:
-        """Fill the tables from ids and the tokens that follow them, both int64 (N, T), on a CPU."""
-        with ThreadPool(2) as pool:
-            pool.map(lambda i: self.fill_table(i, ids, targets), range(len(NGRAM_CONTEXTS)))
+    @torch.no_grad()
+    def fit(self, ids: Tensor) -> None:
+        """Fill the tables from rows of text, int64 (N, T), on the device of the tables."""
+        for table, context in zip(self.table, NGRAM_CONTEXTS, strict=True):
+            contexts = hash_contexts(ids, context)[:, :-1]
+            pairs = sort((contexts * 2**15 + ids[:, 1:]).flatten())
+            pairs, counts = pairs.unique_consecutive(return_counts=True)
+            contexts, index, sizes = (pairs >> 15).unique_consecutive(True, True)
+            totals = torch.zeros_like(contexts).index_add_(0, index, counts)
 
-    def fill_table(self, index: int, ids: Tensor, targets: Tensor) -> None:
-        """Count what follows each context of one length."""
-        vocab_size = len(self.projection)
-        pairs = (hash_contexts(ids, NGRAM_CONTEXTS[index]) * vocab_size + targets).numpy()
-        pairs, counts = np.unique(pairs, return_counts=True)
-        contexts = pairs // vocab_size
-        contexts, first, size = np.unique(contexts, return_index=True, return_counts=True)
-        totals = np.add.reduceat(counts, first)
+            # A row belongs to the most frequent of its contexts.
+            row = contexts % NGRAM_ROWS
+            claim = totals * 2**32 + torch.arange(len(row), device=row.device)
+            best = claim.new_zeros(NGRAM_ROWS).scatter_reduce_(0, row, claim, "amax")
+            wins = best[row] == claim
+            table.zero_()
+            table[row[wins], 0] = (contexts[wins] // NGRAM_ROWS + 1).int()
 
-        # The most frequent context of a row is the last one written to it, so it stays.
-        clipped = np.minimum(totals, 65535).astype(np.uint16)  # 16 bits sort fast
-        order = clipped.argsort(kind="stable")
-        winner = np.full(NGRAM_ROWS, -1)
-        winner[contexts[order] % NGRAM_ROWS] = order
+            # Within a context the most frequent token comes first.
+            rarity = 2**16 - 1 - counts.clamp(max=2**16 - 1)
+            order = sort(index * 2**31 + rarity * 2**15 + (pairs & 2**15 - 1))
+            place = torch.arange(len(order), device=order.device)
+            place -= (sizes.cumsum(0) - sizes)[index]
+            kept = wins[index] & (place < NGRAM_CANDIDATES)
+            order, index, place = order[kept], index[kept], place[kept]
+            count = 2**16 - 1 - (order >> 15 & 2**16 - 1)
+            weight = (count / (totals[index] + 1)).sqrt()  # less for rare contexts
+            packed = (order & 2**15 - 1) * 2**16 + (weight * 2**16).long()
+            table[row[index], 1 + place] = packed.int()
 
-        rows = np.zeros((NGRAM_ROWS, 1 + NGRAM_CANDIDATES), dtype=np.int32)
-        rows[:, 0] = np.append(contexts // NGRAM_ROWS + 1, 0)[winner]
-        scores = counts * vocab_size + pairs % vocab_size
-        for k in range(NGRAM_CANDIDATES):
-            best = np.maximum.reduceat(scores, first)
-            scores[scores == np.repeat(best, size)] = 0
-            count, token = best // vocab_size, best % vocab_size
-            weight = np.sqrt(count / (totals + 1))  # root of the frequency, less for rare contexts
-            packed = token * 2**16 + (weight * 2**16).astype(int)
-            rows[:, 1 + k] = packed[winner]
-        self.table[index] = torch.from_numpy(rows)
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the n-gram embedding of ids (B, T), and candidates with their weights.
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the candidates to follow each of ids (B, T), int64, and their weights, float32.
-
-        Both are (B, T, tables, NGRAM_CANDIDATES). The weights of an unknown context are 0.
+        Candidates, int64, and weights, float32: (B, T, NGRAM_MATCHES · NGRAM_CANDIDATES), those of
+        the longest match first. Without a match weights are 0. Embedding: (B, T, width).
         """
         hashes = torch.stack([hash_contexts(ids, context) for context in NGRAM_CONTEXTS], dim=-1)
-        tables = torch.arange(len(NGRAM_CONTEXTS), device=ids.device)
-        rows = self.table[tables, hashes % NGRAM_ROWS]
-        known = rows[..., :1] == hashes[..., None] // NGRAM_ROWS + 1
-        packed = rows[..., 1:]
-        return (packed >> 16).long(), (packed & 0xFFFF) * known / 2**16
+        number = torch.arange(len(NGRAM_CONTEXTS), device=ids.device)
+        rows = hashes % NGRAM_ROWS
+        known = self.table[number, rows, 0] == hashes // NGRAM_ROWS + 1
+        level = (known * (number + 1)).topk(NGRAM_MATCHES).values  # (B, T, matches), 0 if none
+        number = (level - 1).clamp(min=0)
+        packed = self.table[number, rows.gather(-1, number), 1:]
+        candidates = (packed >> 16).long()
+        weights = (packed & 2**16 - 1) * (level > 0)[..., None] / 2**16
 
-    def embed(self, candidates: Tensor, weights: Tensor) -> Tensor:
-        """Return the n-gram embedding (B, T, width): random projections of the candidates."""
         projected = weights[..., None] * self.projection[candidates]
-        embedding = projected.sum(-2).flatten(2)
-        return embedding[..., : self.gate.size(1)]
+        embedding = projected.sum(-2).flatten(2)[..., : self.gate.size(1)]
+        embedding = embedding + self.level_projection[level[..., 0]]
+        return embedding, candidates.flatten(2), weights.flatten(2)
 
     def compute_bonus(self, x: Tensor, candidates: Tensor, weights: Tensor) -> list[Tensor]:
-        """Return the candidates (B, T, n) and what to add to their logits, by a gate of x."""
-        gate = F.linear(x, self.gate).float()
-        return [candidates.flatten(2), weights.flatten(2) * gate]
+        """Return the candidates and what to add to their logits, by a gate of x (B, T, width)."""
+        return [candidates, weights * F.linear(x, self.gate).float()]
 
 
 # Optimizer ----------------------------------------------------------------------------------------
@@ -612,8 +631,9 @@ def muon_update(
     size = step.norm(dim=(-2, -1), keepdim=True)
     neuron_dim = -1 if variance.size(-1) == 1 else -2
     mean_square = step.square().mean(neuron_dim, keepdim=True)
-    variance.lerp_(mean_square, 1 - settings["beta2"])
-    step = step * variance.clamp(min=1e-10).rsqrt()
+    if MUON_BETA2:
+        variance.lerp_(mean_square, 1 - settings["beta2"])
+        step = step * variance.clamp(min=1e-10).rsqrt()
     new_size = step.norm(dim=(-2, -1), keepdim=True)
     step = step * (size / new_size.clamp(min=1e-10))
 
@@ -708,11 +728,10 @@ def adamw_group(params: list[Tensor], lr: float, decay: float = 0.0) -> dict:
 def build_optimizer(model: GPT, compiled: bool) -> MuonAdamW:
     """Sort the parameters into groups."""
     scale = (model.config.width / 768) ** -0.5
-    values = [embedding.weight for embedding in model.value_embeddings.values()]
     groups = [
         adamw_group([model.head.weight], HEAD_LR * scale, HEAD_DECAY),
         adamw_group([model.embedding.weight], EMBEDDING_LR * scale, EMBEDDING_DECAY),
-        adamw_group(values, EMBEDDING_LR * scale, VALUE_DECAY),
+        adamw_group([model.value_embeddings.weight], EMBEDDING_LR * scale, VALUE_DECAY),
         adamw_group([model.resid_lambdas], SCALAR_LR / 100),
         adamw_group([model.x0_lambdas], SCALAR_LR),
     ]
@@ -731,18 +750,18 @@ def build_optimizer(model: GPT, compiled: bool) -> MuonAdamW:
 # Schedules ----------------------------------------------------------------------------------------
 
 
-def set_schedule(optimizer: MuonAdamW, progress: float, step: int) -> None:
-    """Set the rates, momentum and decay of a step. progress: the part of the budget used."""
+def set_schedule(optimizer: MuonAdamW, progress: float) -> None:
+    """Set rates, momentum and weight decay. progress: the part of the budget that is used."""
     lr_factor = 1.0
     if progress > 1 - WARMDOWN:
         lr_factor = FINAL_LR + (1 - FINAL_LR) * (1 - progress) / WARMDOWN
     start, end = MUON_MOMENTUM
-    momentum = start + (end - start) * min(step / MUON_MOMENTUM_STEPS, 1.0)
+    momentum = start + (end - start) * min(progress / MUON_WARMUP, 1.0)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * lr_factor
         if group["kind"] == "muon":
             group["momentum"] = momentum
-            group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
+            group["weight_decay"] = WEIGHT_DECAY * (1 - progress) ** DECAY_POWER
 
 
 # Training loop ------------------------------------------------------------------------------------
@@ -763,9 +782,12 @@ def check_knobs(length: int) -> None:
     require(0 <= SOFT_CAP <= 70, f"{SOFT_CAP=} must be from 0 to 70: float32 holds sums of e^70")
 
     require(min(NGRAM_CONTEXTS, default=1) >= 1, f"{NGRAM_CONTEXTS=} must each be at least 1")
+    matches = f"{NGRAM_MATCHES=} must be from 1 to the number of NGRAM_CONTEXTS"
+    require(1 <= NGRAM_MATCHES <= (len(NGRAM_CONTEXTS) or 9), matches)
     require(NGRAM_CANDIDATES >= 1, f"{NGRAM_CANDIDATES=} must be at least 1")
     require(0 < NGRAM_PART < 1, f"{NGRAM_PART=} must be above 0 and below 1")
     require(NGRAM_ROWS >= 2**8, f"{NGRAM_ROWS=} must be at least 256, for hashes to fit int32")
+    require(MUON_WARMUP > 0, f"{MUON_WARMUP=} must be above 0")
 
     require(DEVICE_BATCH_SIZE >= 1, f"{DEVICE_BATCH_SIZE=} must be at least 1")
     require(HEAD_CHUNK >= 1, f"{HEAD_CHUNK=} must be at least 1")
@@ -799,15 +821,14 @@ def warm_up(run: Run, model: GPT, rows: int, compiled: bool) -> tuple[nn.Module,
     optimizer = build_optimizer(model, compiled and run.device.type == "cuda")
     forward = model
     if compiled:
-        options = {"cpp.vec_isa_ok": True}  # skips a slow test of the CPU's vector instructions
-        forward = torch.compile(model, dynamic=False, options=options)
+        forward = torch.compile(model, dynamic=False, options=COMPILE_OPTIONS)
 
     loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed)
     batches = [next(loader)]
     if rows * length < TOTAL_BATCH_SIZE:  # more micro-batches add to the gradients of the first
         batches *= 2
 
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = list(model.parameters())
     saved = [tensor.detach().clone() for tensor in tensors]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -851,30 +872,24 @@ def fit_memory(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAda
         torch.cuda.empty_cache()
 
 
-@torch.no_grad()
-def count_ngrams(run: Run, model: GPT, part: tuple[float, float], limit: int) -> int:
-    """Count a part of each shard, at most `limit` tokens; return how many were counted.
-
-    Returns 0 if there are no tables, or too few tokens for them.
-    """
-    if not model.ngrams:
-        return 0
+def count_ngrams(run: Run, ngrams: NgramTables | None) -> float:
+    """Fill the n-gram tables from the first part of each shard; return where training begins."""
+    if not ngrams:
+        return 0.0
     run.status = "counting n-grams"
     rows, length = 64, run.corpus.seq_len
-    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed, part)
-    ids, targets = [], []
-    for x, y, epoch in islice(loader, limit // (rows * length)):
+    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed, (0, NGRAM_PART))
+    batches = []
+    for x, y, epoch in islice(loader, NGRAM_MAX_TOKENS // (rows * length)):
         if epoch > 1:
             break
-        ids.append(x.short())
-        targets.append(y.short())
-
-    counted = len(ids) * rows * length
-    if counted < NGRAM_MIN_TOKENS:
-        return 0
-    ids, targets = torch.cat(ids), torch.cat(targets)
-    model.ngrams.count(ids.cpu().long(), targets.cpu().long())
-    return counted
+        batches.append(torch.cat([x, y[:, -1:]], 1).short())
+    tokens = len(batches) * rows * length
+    if tokens < NGRAM_MIN_TOKENS:
+        return 0.0
+    ngrams.fit(torch.cat(batches).long())
+    print(f"n-grams of {tokens / 1e6:.1f}M tokens: {run.progress():.1%} of the time", flush=True)
+    return NGRAM_PART
 
 
 def build_model(run: Run) -> tuple[GPT, bool]:
@@ -888,9 +903,14 @@ def build_model(run: Run) -> tuple[GPT, bool]:
     vocab_size = run.tokenizer.get_vocab_size()
     config = Config(vocab_size, length, DEPTH, HEAD_DIM, ASPECT_RATIO, WINDOW_PATTERN)
     attention = Attention(backend, length, set(config.windows), run.device)
-    model = GPT(config, attention, dtype).to(run.device)
-    params = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"model: {DEPTH} blocks of width {config.width}, {params:.1f}M parameters", flush=True)
+    ngrams = None
+    if NGRAM_CONTEXTS:
+        ngrams = NgramTables(vocab_size, config.width, dtype, run.device)
+    model = GPT(config, attention, dtype, ngrams).to(run.device)
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+    if ngrams:
+        size += f", n-gram tables of {ngrams.table.nbytes / 2**20:.0f} MB"
+    print(f"model: {DEPTH} blocks of width {config.width}, {size}", flush=True)
     return model, compiled
 
 
@@ -915,17 +935,12 @@ def train(run: Run) -> None:
     gc.disable()  # a collection takes longer than it is worth in five minutes
     run.start(model)
 
-    counted, reserve = count_ngrams(run, model, (0, NGRAM_PART), NGRAM_MAX_TOKENS), 0.0
-    if counted:  # keep time to count all of the text at the end
-        recount = min(NGRAM_MAX_TOKENS, int(counted / NGRAM_PART))
-        reserve = 1.2 * run.progress() * recount / counted  # sorting more takes more than its part
-    part = (NGRAM_PART if counted else 0, 1)  # of each shard, to train on
+    part = (count_ngrams(run, model.ngrams), 1)  # of each shard, to train on
     loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed, part)
-
     run.status = "training"
     step, mean_loss, previous = 0, 0.0, None
-    while (progress := run.progress() + reserve) < 1:
-        set_schedule(optimizer, progress, step)
+    while (progress := run.progress()) < 1:
+        set_schedule(optimizer, progress)
         batches = [next(loader) for _ in range(micro_batches)]
         loss = train_step(forward, optimizer, batches)
 
@@ -941,8 +956,6 @@ def train(run: Run) -> None:
         previous = loss
         step += 1
 
-    if counted:
-        count_ngrams(run, model, (0, 1), recount)
     run.stop(forward)
     loader.close()
 

@@ -3,12 +3,11 @@
 Trains with train.py itself, loop included, for a number of steps instead of five minutes, in
 processes of their own, interleaved with the train.py of a git revision (or a file), each turn with
 another seed. Prints the median step time of each turn, the ratio, and the mean loss of the last
-quarter of the steps; with --profile also the operations or kernels that take longest, and how long
-the GPU was idle.
+quarter of the steps. --profile shows where the time of one more run goes: the parts of a step, the
+operations or kernels that take longest, and how long the GPU was idle.
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import statistics
@@ -18,8 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from gpu_sitting import ROOT, load_train, parse_knob
 
 PROFILED = 4  # steps
 
@@ -34,7 +32,43 @@ def device_idle(events: list) -> float:
     return 1 - busy / (until - spans[0][0])
 
 
-def train_some(path: str, steps: int, seed: int, corpus: str | None, profiled: bool) -> dict:
+class Marks:
+    """Points of time within the steps, on the device's own clock if it is a GPU."""
+
+    def __init__(self, torch, cuda: bool):
+        self.torch, self.cuda, self.points = torch, cuda, []
+
+    def add(self, part: str) -> None:
+        """Mark that a part of the step begins."""
+        point = time.perf_counter()
+        if self.cuda:
+            point = self.torch.cuda.Event(enable_timing=True)
+            point.record()
+        self.points.append((part, point))
+
+    def wrap(self, function, before: str, after: str):
+        """Return the function with a mark on either side."""
+
+        def call(*arguments, **options):
+            self.add(before)
+            result = function(*arguments, **options)
+            self.add(after)
+            return result
+
+        return call
+
+    def milliseconds(self) -> dict[str, float]:
+        """Return the median time of each part."""
+        if self.cuda:
+            self.torch.cuda.synchronize()
+        parts = {}
+        for (part, begin), (_, end) in itertools.pairwise(self.points):
+            spent = begin.elapsed_time(end) if self.cuda else 1e3 * (end - begin)
+            parts.setdefault(part, []).append(spent)
+        return {part: statistics.median(times) for part, times in parts.items()}
+
+
+def train_some(arguments: argparse.Namespace) -> dict:
     """Run train() of a file for some steps; return seconds and losses of each, peak in MiB."""
     import resource
 
@@ -43,28 +77,29 @@ def train_some(path: str, steps: int, seed: int, corpus: str | None, profiled: b
     import harness.run
     import prepare
 
+    steps, profiled = arguments.steps, arguments.profile
     if profiled:
         torch._inductor.config.cpp.enable_kernel_profile = True
-    spec = importlib.util.spec_from_file_location("train", path)
-    train = sys.modules["train"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
+    train = load_train(arguments.child, dict(arguments.set))
     cuda = torch.cuda.is_available()
-    activities = [
-        torch.profiler.ProfilerActivity.CPU,
-        *[torch.profiler.ProfilerActivity.CUDA] * cuda,
-    ]
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] * cuda
     profile, times, losses, result = torch.profiler.profile(activities=activities), [], [], {}
+    marks = Marks(torch, cuda)
 
     class Steps(harness.run.Run):
         """A run of a number of steps that is not judged."""
 
         def start(self, model):
             self.started, self.before = time.perf_counter(), len(losses)
+            result["warm_up_seconds"] = self.started - self.launched
+            marks.points.clear()
 
         def progress(self):  # also asked after the counts, before the first step
             done = len(losses) - self.before
             times[done:] = [time.perf_counter()]
             if profiled and done == steps - PROFILED - 1:
+                result["parts"] = marks.milliseconds()  # the profiler would slow them down
                 profile.start()
             return done / steps
 
@@ -77,36 +112,72 @@ def train_some(path: str, steps: int, seed: int, corpus: str | None, profiled: b
             result.update(rows=batch_size, tokens=tokens // steps, mfu=mfu)
 
     step = train.train_step
-    train.train_step = lambda *arguments: losses.append(step(*arguments)) or losses[-1]
-    corpus = prepare.choose_corpus(corpus)
+
+    def train_step(*given):
+        marks.add("forward")
+        losses.append(step(*given))
+        return losses[-1]
+
+    train.train_step = train_step
+    if profiled:
+        torch.Tensor.backward = marks.wrap(torch.Tensor.backward, "backward", "rest")
+        optimizer = train.MuonAdamW
+        optimizer.step = marks.wrap(optimizer.step, "optimizer", "rest")
+    corpus = prepare.choose_corpus(arguments.corpus)
     prepare.prepare(corpus)
-    torch.manual_seed(seed)
-    run = Steps(corpus, prepare.Tokenizer(corpus), prepare.get_device(), seed, None)
-    train.train(run)
+    torch.manual_seed(arguments.seed)
+    train.train(
+        Steps(corpus, prepare.Tokenizer(corpus), prepare.get_device(), arguments.seed, None)
+    )
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident
+    result["peak"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident
     if profiled:
         sort = "self_device_time_total" if cuda else "self_cpu_time_total"
-        print(
-            profile.key_averages().table(sort_by=sort, row_limit=20, max_name_column_width=60),
-            file=sys.stderr,
-        )
-        kernels = [
-            event
-            for event in profile.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA
-        ]
+        table = profile.key_averages().table(sort_by=sort, row_limit=20, max_name_column_width=60)
+        print(table, file=sys.stderr)
+        on_gpu = torch.autograd.DeviceType.CUDA
+        kernels = [event for event in profile.events() if event.device_type == on_gpu]
         if kernels:
-            print(
-                f"the GPU was idle for {device_idle(kernels):.2%} of {PROFILED} steps",
-                file=sys.stderr,
-            )
-    seconds = [b - a for a, b in itertools.pairwise(times)]
-    return result | {
-        "seconds": seconds,
-        "losses": [loss.item() for loss in losses[-steps:]],
-        "peak": peak,
-    }
+            idle = f"the GPU was idle for {device_idle(kernels):.2%} of {PROFILED} steps"
+            print(idle, file=sys.stderr)
+        parts = (f"{part} {spent:.1f} ms" for part, spent in result["parts"].items())
+        warm_up = f"warm-up and compile {result['warm_up_seconds']:.0f} s"
+        print(f"{warm_up}; of a step: {', '.join(parts)}", file=sys.stderr)
+    result["seconds"] = [b - a for a, b in itertools.pairwise(times)]
+    result["losses"] = [loss.item() for loss in losses[-steps:]]
+    return result
+
+
+def run_child(arguments: argparse.Namespace, path: Path, seed: int, *options: str) -> dict:
+    """Train in a process of its own."""
+    command = [sys.executable, __file__, "--child", path, *options]
+    command += ["--steps", str(arguments.steps), "--seed", str(seed)]
+    command += [f"--corpus={arguments.corpus}"] * bool(arguments.corpus)
+    command += [f"--set={name}={value!r}" for name, value in arguments.set]
+    return json.loads(subprocess.check_output(command).splitlines()[-1])
+
+
+def compare(arguments: argparse.Namespace, versions: dict[str, Path]) -> None:
+    """Print what a step of each version costs, turn by turn, and the ratio of two."""
+    medians, losses = {name: [] for name in versions}, {name: [] for name in versions}
+    for turn in range(arguments.turns):
+        for name, path in versions.items():
+            seed = arguments.seed + turn
+            result = run_child(arguments, path, seed)
+            median = statistics.median(result["seconds"][2:])
+            medians[name].append(median)
+            last = result["losses"][-(arguments.steps + 3) // 4 :]
+            losses[name].append(statistics.mean(last))
+            speed = f"{1e3 * median:.1f} ms a step, {result['tokens'] / median:.0f} tokens a second"
+            rest = f"MFU {result['mfu']:.2f} %, peak {result['peak']:.0f} MiB"
+            print(f"seed {seed}, {name}: {speed}, {result['rows']} rows, {rest}")
+            print(f"    loss {losses[name][-1]:.4f}", flush=True)
+    if len(versions) == 2:
+        (ours, theirs), (loss, other) = medians.values(), losses.values()
+        ratios = ", ".join(f"{a / b:.3f}" for a, b in zip(ours, theirs, strict=True))
+        ratio = statistics.mean(ours) / statistics.mean(theirs)
+        print(f"time of a step, ratio: {ratio:.3f} ({ratios})")
+        print(f"loss, difference: {statistics.mean(loss) - statistics.mean(other):+.4f}")
 
 
 def main() -> None:
@@ -118,19 +189,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="of each run (default 40)")
     parser.add_argument("--turns", type=int, default=2, help="runs of each version (default 2)")
     parser.add_argument("--corpus", help="as for train.py")
-    parser.add_argument(
-        "--profile", action="store_true", help="profile the last steps of one more run"
-    )
+    parser.add_argument("--profile", action="store_true", help="profile one more run")
     parser.add_argument("--seed", type=int, default=42, help="of the first turn (default 42)")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--set", nargs="*", type=parse_knob, default=[], metavar="KNOB=VALUE")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.steps < 8 or arguments.turns < 1:
-        parser.error("expected --steps of 8 or more and --turns of 1 or more")
+    if arguments.steps < 8 or arguments.turns < 0:
+        parser.error("expected --steps of 8 or more and --turns of 0 or more")
     if arguments.child:
-        result = train_some(
-            arguments.child, arguments.steps, arguments.seed, arguments.corpus, arguments.profile
-        )
-        print(json.dumps(result))
+        print(json.dumps(train_some(arguments)))
         return
     with tempfile.TemporaryDirectory() as folder:
         versions = {"train.py": ROOT / "train.py"}
@@ -142,46 +209,9 @@ def main() -> None:
             )
             versions[arguments.against] = Path(folder, "train.py")
             versions[arguments.against].write_bytes(source)
-
-        def run(path: Path, seed: int, *options: str) -> dict:
-            command = [
-                sys.executable,
-                __file__,
-                "--child",
-                path,
-                "--steps",
-                str(arguments.steps),
-                "--seed",
-                str(seed),
-            ]
-            command += [*options, *["--corpus", arguments.corpus] * bool(arguments.corpus)]
-            return json.loads(subprocess.check_output(command).splitlines()[-1])
-
-        medians, losses = {name: [] for name in versions}, {name: [] for name in versions}
-        for turn in range(arguments.turns):
-            for name, path in versions.items():
-                result = run(path, arguments.seed + turn)
-                median = statistics.median(result["seconds"][2:])
-                medians[name].append(median)
-                losses[name].append(
-                    statistics.mean(result["losses"][-(arguments.steps + 3) // 4 :])
-                )
-                speed = (
-                    f"{1e3 * median:.1f} ms a step, {result['tokens'] / median:.0f} tokens a second"
-                )
-                rest = f"MFU {result['mfu']:.2f} %, peak {result['peak']:.0f} MiB"
-                print(
-                    f"seed {arguments.seed + turn}, {name}: {speed}, {result['rows']} rows, {rest}"
-                )
-                print(f"    loss {losses[name][-1]:.4f}", flush=True)
-        if len(versions) == 2:
-            (ours, theirs), (loss, other) = medians.values(), losses.values()
-            ratios = ", ".join(f"{a / b:.3f}" for a, b in zip(ours, theirs, strict=True))
-            ratio = statistics.mean(ours) / statistics.mean(theirs)
-            print(f"time of a step, ratio: {ratio:.3f} ({ratios})")
-            print(f"loss, difference: {statistics.mean(loss) - statistics.mean(other):+.4f}")
-        if arguments.profile:
-            run(ROOT / "train.py", arguments.seed, "--profile")
+        compare(arguments, versions)
+    if arguments.profile:
+        run_child(arguments, ROOT / "train.py", arguments.seed, "--profile")
 
 
 if __name__ == "__main__":

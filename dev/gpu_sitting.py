@@ -1,0 +1,331 @@
+"""Make the most of half an hour of a GPU: compare variants of train.py's knobs, and profile them.
+
+The plan, in pieces of ten minutes; ... stands for --corpus FOLDER --out OUT:
+
+  0. python3 dev/gpu_sitting.py collect FOLDER    (a corpus from the machine's own source and prose)
+  1. python3 -m pytest -m gpu; python3 dev/gpu_sitting.py profile ...
+  2. python3 dev/gpu_sitting.py compare ... --variants reference recipe published smear
+     python3 dev/gpu_sitting.py compare ... --variants smear ngrams ngrams-8 ngrams-8-most
+  3. python3 dev/gpu_sitting.py compare ... --variants published tuned uncapped averaged
+  4. python3 dev/gpu_sitting.py compare ... --variants reference BEST --seconds 300
+     and once more with --seeds 43
+
+Each variant trains for --seconds in a process of its own and is judged as in a run; with several
+seeds the variants are interleaved. Results are written as they come, and nothing is started that
+would not end within --limit. --set makes a variant of your own, --train takes another file.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "dev")]
+
+REFERENCE = {
+    "DEPTH": 8,
+    "ASPECT_RATIO": 64,
+    "HEAD_DIM": 128,
+    "WINDOW_PATTERN": "SSSL",
+    "SHORT_WINDOW": 1 / 2,
+    "ROTARY_BASE": 10_000,
+    "SMEAR": (0.0, 0.0),
+    "SOFT_CAP": 15.0,
+    "X0_LAMBDA": 0.1,
+    "MATRIX_INIT": 1.0,
+    "QK_SCALE": 1.0,
+    "VALUE_EVERY": 2,
+    "GATE_CHANNELS": 32,
+    "GATE_SCALE": 2.0,
+    "NGRAM_CONTEXTS": (),
+    "TOTAL_BATCH_SIZE": 2**19,
+    "DEVICE_BATCH_SIZE": 128,
+    "HEAD_CHUNK": 2**15,
+    "MATRIX_LR": 0.04,
+    "WEIGHT_DECAY": 0.2,
+    "DECAY_POWER": 1,
+    "MUON_MOMENTUM": (0.85, 0.95),
+    "MUON_WARMUP": 0.32,  # 300 of 947 steps
+    "MUON_BETA2": 0.95,
+    "HEAD_LR": 0.004,
+    "HEAD_DECAY": 0.0,
+    "EMBEDDING_LR": 0.6,
+    "EMBEDDING_DECAY": 0.0,
+    "VALUE_DECAY": 0.0,
+    "SCALAR_LR": 0.5,
+    "WARMDOWN": 0.5,
+    "FINAL_LR": 0.0,
+    "COMPILE_OPTIONS": {},
+}
+
+TUNED = {"coordinate_descent_tuning": True, "max_autotune_pointwise": True, "shape_padding": True}
+
+# The best published run on Hopper, but for its compiler options.
+PUBLISHED = {
+    "DEPTH": 8,
+    "ASPECT_RATIO": 96,
+    "WINDOW_PATTERN": "SSSL",
+    "SHORT_WINDOW": 1 / 8,
+    "SMEAR": (0.0, 0.0),
+    "QK_SCALE": 1.3,
+    "VALUE_EVERY": 3,
+    "GATE_CHANNELS": 128,
+    "GATE_SCALE": 1.8,
+    "TOTAL_BATCH_SIZE": 2**17,
+    "DEVICE_BATCH_SIZE": 64,
+    "MATRIX_LR": 0.042,
+    "WEIGHT_DECAY": 0.125,
+    "DECAY_POWER": 2,
+    "MUON_MOMENTUM": (0.85, 0.92),
+    "MUON_WARMUP": 0.04,  # 100 of 2478 steps
+    "MUON_BETA2": 0.0,
+    "HEAD_LR": 0.01,
+    "EMBEDDING_LR": 0.74,
+    "VALUE_DECAY": 0.004,
+    "WARMDOWN": 0.925,
+    "FINAL_LR": 0.025,
+}
+SMEAR = PUBLISHED | {"SMEAR": (0.25, 0.0)}
+
+VARIANTS = {
+    "reference": REFERENCE,
+    "recipe": {},  # train.py as it is
+    "published": PUBLISHED,
+    "smear": SMEAR,
+    "ngrams": SMEAR | {"NGRAM_CONTEXTS": (2, 3, 4), "NGRAM_PART": 0.5},
+    "ngrams-8": SMEAR | {"NGRAM_CONTEXTS": (1, 2, 3, 4, 5, 6, 8), "NGRAM_PART": 0.5},
+    "ngrams-8-most": SMEAR | {"NGRAM_CONTEXTS": (1, 2, 3, 4, 5, 6, 8), "NGRAM_PART": 0.8},
+    "tuned": PUBLISHED | {"COMPILE_OPTIONS": TUNED},
+    "tuned-smear": SMEAR | {"COMPILE_OPTIONS": TUNED},
+    "uncapped": PUBLISHED | {"SOFT_CAP": 0.0},
+    "averaged": PUBLISHED | {"AVERAGED_PART": 0.1},
+    "smear-mlp": PUBLISHED | {"SMEAR": (0.25, 0.25)},
+}
+
+# For a try without a GPU: any variant, made small after its own knobs were set.
+SMALL = {
+    "DEPTH": 3,
+    "ASPECT_RATIO": 16,
+    "HEAD_DIM": 32,
+    "GATE_CHANNELS": 32,
+    "TOTAL_BATCH_SIZE": 2**11,
+    "DEVICE_BATCH_SIZE": 4,
+    "HEAD_CHUNK": 2**9,
+    "NGRAM_MIN_TOKENS": 2**12,
+    "NGRAM_ROWS": 2**12,
+    "COMPILE_OPTIONS": {},
+}
+
+SUFFIXES = set(".py .pyi .h .hpp .cpp .cu .md .rst .txt .js .ts .c .cc .cuh .css .html".split())
+
+
+def collect(folder: Path, roots: list[str]) -> None:
+    """Write the distinct texts below some folders to FOLDER/text-N.jsonl, 2^28 characters each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    seen, size, part, file = set(), 0, 0, None
+    for root in roots:
+        for place, _, names in os.walk(root):
+            for path in (Path(place, name) for name in names if Path(name).suffix in SUFFIXES):
+                try:
+                    text = path.read_bytes().decode()
+                except (OSError, UnicodeDecodeError):
+                    continue
+                digest = hashlib.sha256(text.encode()).digest()
+                if digest in seen or "\0" in text:
+                    continue
+                seen.add(digest)
+                if size >= part * 2**28:
+                    file, part = (folder / f"text-{part}.jsonl").open("w"), part + 1
+                file.write(json.dumps({"text": text}) + "\n")
+                size += len(text)
+    print(f"{folder}: {len(seen)} files, {size / 1e6:.0f}M characters")
+
+
+def load_train(path: Path, knobs: dict):
+    """Import a train.py, and set knobs of it. Raises SystemExit for one that it does not have."""
+    spec = importlib.util.spec_from_file_location("train", path)
+    train = sys.modules["train"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    for name, value in knobs.items():
+        if not hasattr(train, name):
+            raise SystemExit(f"{path} has no knob {name}")
+        setattr(train, name, value)
+    return train
+
+
+def train_variant(arguments: argparse.Namespace, knobs: dict) -> dict:
+    """Train one variant in this process; return its results."""
+    import torch
+
+    import harness.run
+    import prepare
+
+    averaged_part, average, count = knobs.pop("AVERAGED_PART", 0), [], 0
+    train = load_train(arguments.train, knobs)
+    if arguments.small:
+        train.choose_precision = lambda device: (torch.float32, False, "small")
+    prepare.TIME_BUDGET, result = arguments.seconds, {}
+
+    class Sitting(harness.run.Run):
+        """A run without a record, with a budget of its own."""
+
+        def start(self, model):
+            result["warm_up_seconds"] = time.perf_counter() - self.launched
+            self.parameters = [p.detach() for p in model.parameters()]
+            super().start(model)
+
+        def progress(self):  # of averaged weights the mean of the last steps is judged
+            nonlocal count
+            progress = super().progress()
+            if progress > 1 - averaged_part:
+                average[:] = average or [p.float() for p in self.parameters]
+                count += 1
+                for mean, p in zip(average, self.parameters, strict=True):
+                    mean.lerp_(p.float(), 1 / count)
+            return progress
+
+        def stop(self, model):
+            for mean, p in zip(average, self.parameters if average else [], strict=True):
+                p.copy_(mean)
+            super().stop(model)
+
+        def finish(self, model, batch_size, steps, tokens, depth, mfu):
+            super().finish(model, batch_size, steps, tokens, depth, mfu)
+            result.update({name: float(value) for name, value in self.summary.items()})
+            result["rows"] = batch_size
+
+    corpus = prepare.choose_corpus(arguments.corpus)
+    prepare.prepare(corpus)
+    torch.manual_seed(arguments.seeds[0])
+    device, tokenizer = prepare.get_device(), prepare.Tokenizer(corpus)
+    with (arguments.out / "traceback.txt").open("w") as file:
+        run = Sitting(corpus, tokenizer, device, arguments.seeds[0], file)
+        train.train(run)
+    result["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    result["epochs"] = result["total_tokens_M"] * 1e6 / count_tokens(corpus)
+    return result
+
+
+def count_tokens(corpus) -> int:
+    """Return the training tokens of a prepared corpus."""
+    return sum(path.stat().st_size for path in corpus.directory.glob("train_*.tokens")) // 2
+
+
+def print_table(results: list[dict]) -> None:
+    """Print the mean of each variant over its seeds, and its difference from the first."""
+    means, first = {}, None
+    for result in results:
+        means.setdefault(result["variant"], []).append(result)
+    print(f"\n{'variant':<16}seeds  val_bpb   diff     steps  tokens_M   mfu  memory_MB  warm-up_s")
+    for name, runs in means.items():
+        mean = {key: sum(run[key] for run in runs) / len(runs) for key in ("val_bpb", "num_steps")}
+        first = first or mean["val_bpb"]
+        difference = f"{mean['val_bpb'] / first - 1:+.2%}"
+        last = runs[-1]
+        print(
+            f"{name:<16}{len(runs):>5}  {mean['val_bpb']:.6f} {difference:>7} "
+            f"{mean['num_steps']:>7.0f} {last['total_tokens_M']:>9.1f} {last['mfu_percent']:>5.1f} "
+            f"{last['peak_vram_mb']:>10.0f} {last['warm_up_seconds']:>10.0f}",
+            flush=True,
+        )
+
+
+def compare(arguments: argparse.Namespace, knobs: dict) -> None:
+    """Train every variant with every seed, each in a process of its own, as long as time allows."""
+    began, longest, results = time.monotonic(), 0.0, []
+    log = arguments.out / "results.jsonl"
+    for seed in arguments.seeds:
+        for name in arguments.variants:
+            left = arguments.limit - (time.monotonic() - began)
+            if left < longest:
+                print(f"not started for lack of time: {name}, seed {seed}")
+                continue
+            start = time.monotonic()
+            command = [sys.executable, __file__, "child", "--variants", name, "--seeds", str(seed)]
+            command += ["--seconds", str(arguments.seconds), "--out", arguments.out]
+            command += ["--train", arguments.train, *["--small"] * arguments.small]
+            command += [f"--corpus={arguments.corpus}"] * bool(arguments.corpus)
+            command += [f"--set={key}={value!r}" for key, value in knobs.items()]
+            print(f"{name}, seed {seed}", flush=True)
+            with (arguments.out / f"{name}-{seed}.log").open("w") as output:
+                status = subprocess.run(command, stdout=output, stderr=output).returncode
+            lines = Path(output.name).read_text().splitlines()
+            longest = max(longest, time.monotonic() - start)
+            if status:
+                print(f"  failed, see {output.name}: {lines[-1] if lines else status}", flush=True)
+                continue
+            result = {"variant": name, "seed": seed, "seconds": arguments.seconds}
+            results.append(result | json.loads(lines[-1]))
+            with log.open("a") as file:
+                file.write(json.dumps(results[-1]) + "\n")
+            print_table(results)
+    if not results:
+        raise SystemExit("nothing was measured")
+
+
+def profile(arguments: argparse.Namespace) -> None:
+    """Write a profile of each variant, with its compile time, to a file."""
+    import bench_step
+
+    for name in arguments.variants:
+        knobs = VARIANTS[name] | (SMALL if arguments.small else {})
+        with (arguments.out / f"profile-{name}.txt").open("w") as file:
+            command = [sys.executable, bench_step.__file__, "--steps", "16", "--turns", "1"]
+            command += ["--profile", *[f"--set={key}={value!r}" for key, value in knobs.items()]]
+            command += [f"--corpus={arguments.corpus}"] * bool(arguments.corpus)
+            status = subprocess.run(command, stdout=file, stderr=file).returncode
+        text = Path(file.name).read_text().splitlines()
+        print(f"{name}: {'failed' * bool(status)} {file.name}", *text[-24:], sep="\n", flush=True)
+
+
+def parse_knob(text: str) -> tuple[str, object]:
+    """Read KNOB=value, the value as Python writes it."""
+    import ast
+
+    name, _, value = text.partition("=")
+    return name, ast.literal_eval(value)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("piece", choices=["collect", "profile", "compare", "child"])
+    parser.add_argument("folder", nargs="?", type=Path, help="collect: where to write the corpus")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["reference", "recipe"])
+    parser.add_argument("--seconds", type=int, default=100, help="of training (default 100)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42], help="default 42")
+    parser.add_argument("--limit", type=float, default=590, help="seconds in all (default 590)")
+    parser.add_argument("--corpus", help="as for train.py")
+    parser.add_argument("--out", type=Path, default=Path("sitting"), help="default: ./sitting")
+    parser.add_argument("--set", nargs="*", type=parse_knob, default=[], metavar="KNOB=VALUE")
+    parser.add_argument("--train", type=Path, default=ROOT / "train.py", help="another train.py")
+    parser.add_argument("--small", action="store_true", help="a tiny model, for a try on a CPU")
+    arguments = parser.parse_args()
+    knobs = dict(arguments.set)
+    if arguments.piece == "collect":
+        if not arguments.folder:
+            parser.error("collect needs a FOLDER to write to")
+        roots = [sysconfig.get_paths()["purelib"], "/usr/include", "/usr/share/doc", "/usr/lib"]
+        collect(arguments.folder, roots)
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.piece == "child":
+        variant = VARIANTS[arguments.variants[0]] | (SMALL if arguments.small else {})
+        print(json.dumps(train_variant(arguments, variant | knobs)))
+    elif arguments.piece == "profile":
+        profile(arguments)
+    else:
+        compare(arguments, knobs)
+
+
+if __name__ == "__main__":
+    main()
