@@ -8,20 +8,18 @@ import gc
 import logging
 import math
 import os
-import random
 import re
 import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from itertools import islice
+from functools import cache, partial
+from itertools import islice, repeat, takewhile
 from multiprocessing.pool import ThreadPool
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages save page faults on a CPU
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,12 +50,11 @@ GATE_SCALE = 2.0  # most that a head takes
 MATRIX_INIT = 0.68  # bound of the blocks' initial weights, times √(3 / width)
 
 # n-gram tables
-NGRAM_CONTEXTS = () if CUDA else (1, 2, 3, 4, 5, 6, 8)  # lengths in tokens; (): no tables
+NGRAM_CONTEXTS = () if CUDA else (1, 2, 3, 4, 6, 8)  # lengths in tokens; (): no tables
 NGRAM_MATCHES = 3  # longest matching contexts that give candidates
 NGRAM_CANDIDATES = 6  # most frequent next tokens kept for a context
-NGRAM_PART = 0.9  # part of each shard that is counted instead of trained on
-NGRAM_MIN_TOKENS = 2**22  # no tables are made from fewer tokens
-NGRAM_MAX_TOKENS = 2**26  # no more tokens are counted
+NGRAM_PART = 0.5  # part of each shard that is counted for training, which takes the rest
+NGRAM_MAX_TOKENS = 2**27  # no more tokens are counted
 NGRAM_ROWS = 2**22  # rows of a table; each holds one context
 
 # batch
@@ -357,15 +354,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. `attention` may be replaced, as long as its windows are the config's."""
+    """The model. attention: may be replaced by one of the same windows. ngrams: NgramTables."""
 
-    def __init__(
-        self,
-        config: Config,
-        attention: Attention,
-        dtype: torch.dtype,
-        ngrams: "NgramTables | None" = None,
-    ):
+    def __init__(self, config: Config, attention: Attention, dtype: torch.dtype, ngrams=None):
         super().__init__()
         self.config = config
         self.attention = attention
@@ -406,7 +397,7 @@ class GPT(nn.Module):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             x = norm(self.embedding(ids))
             if self.ngrams:
-                embedding, *candidates = self.ngrams(ids)
+                embedding, candidates, weights = self.ngrams(ids)
                 x = x + embedding.to(x.dtype)
             x0 = x
             rotary = self.rotary[:, : ids.size(1)]
@@ -416,7 +407,9 @@ class GPT(nn.Module):
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
                 x = block(x, own_values, rotary, self.attention)
             x = norm(x)
-            bonus = self.ngrams.compute_bonus(x, *candidates) if self.ngrams else []
+            bonus = []
+            if self.ngrams:
+                bonus = [candidates, weights * F.linear(x, self.ngrams.gate).float()]
             if targets is None:
                 return cap_logits(self.head(x), *bonus)
 
@@ -457,7 +450,7 @@ def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, *bonus: Tensor) -> Te
     x: (N, width). weight: (vocab, width). targets: (N,). bonus: as for cap_logits.
     """
     logits = cap_logits(x @ weight.T, *bonus)
-    exp_sum = torch.exp2(logits * (1 / math.log(2))).sum(-1)  # faster than exp on a CPU
+    exp_sum = torch.exp2(logits * math.log2(math.e)).sum(-1)  # faster than exp on a CPU
     tokens = torch.arange(len(weight), device=x.device, dtype=torch.int32)
     is_target = targets[:, None].int() == tokens
     return exp_sum.log().sum() - (logits * is_target).sum()
@@ -493,75 +486,78 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def hash_contexts(ids: Tensor, context: int) -> Tensor:
-    """Hash the last `context` tokens at each position of ids (B, T): int64, below 2^38.
+    """Hash the last `context` tokens at each position of ids (B, T): int64, below 2^39.
 
     Zeros stand before the first token.
     """
     hashes = ids
     for back in range(1, context):
-        earlier = F.pad(ids, (back, 0))[:, : ids.size(1)]
-        hashes = (hashes * 26544357 + earlier) & (2**38 - 1)  # the factor is odd and below 2^25
+        hashes = hashes * 26544357 & (2**38 - 1)  # the factor is odd and below 2^25
+        hashes[:, back:] += ids[:, :-back]
     return hashes
 
 
 def sort(values: Tensor) -> Tensor:
-    """Return values (n,) in ascending order. NumPy sorts faster than PyTorch on a CPU."""
+    """Return values (n,) in ascending order, on a CPU in place: NumPy sorts faster there."""
     if values.is_cuda:
         return values.sort().values
-    return torch.from_numpy(np.sort(values.numpy()))
+    values.numpy().sort()
+    return values
+
+
+def fill_table(table: Tensor, context: int, ids: Tensor) -> None:
+    """Fill a table of NgramTables with what follows each context of one length in ids (N, T)."""
+    contexts = hash_contexts(ids, context)[:, :-1]
+    pairs = sort(torch.add(ids[:, 1:], contexts, alpha=2**15).flatten())
+    pairs, counts = pairs.unique_consecutive(return_counts=True)
+    contexts, index, sizes = (pairs >> 15).unique_consecutive(True, True)  # inverse and counts
+    totals = torch.zeros_like(contexts).index_add_(0, index, counts)
+
+    # A row belongs to the most frequent of its contexts.
+    row = contexts % NGRAM_ROWS
+    claim = totals * 2**32 + torch.arange(len(row), device=row.device)
+    best = claim.new_zeros(NGRAM_ROWS).scatter_reduce_(0, row, claim, "amax")
+    wins = best[row] == claim
+    table[row[wins], 0] = (contexts[wins] // NGRAM_ROWS + 1).int()
+
+    # Within a context the most frequent token comes first.
+    counts = counts.clamp(max=0xFFFF)
+    order = index * 2**16 + 2**16 - counts
+    order = sort(order * 2**15 + (pairs & 0x7FFF))
+    place = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[index]
+    kept = wins[index] & (place < NGRAM_CANDIDATES)
+    order, index, place = order[kept], index[kept], place[kept]
+    count = 2**16 - (order >> 15 & 0xFFFF)
+    weight = (count / (totals[index] + 1)).sqrt()  # less for rare contexts
+    packed = (order & 0x7FFF) * 2**16 + (weight * 2**16).long()
+    table[row[index], 1 + place] = packed.int()
 
 
 class NgramTables(nn.Module):
     """Candidates for the next token: those that most often followed the last few tokens.
 
-    Of all context lengths the longest that match give candidates. They are counted in text that is
-    not trained on: there they would be right too often.
+    Of all context lengths the longest that match give candidates.
     """
 
     def __init__(self, vocab_size: int, width: int, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        tables = len(NGRAM_CONTEXTS)
         self.gate = nn.Parameter(torch.zeros(NGRAM_MATCHES * NGRAM_CANDIDATES, width))
-        generator = torch.Generator().manual_seed(0)
-        shape = (vocab_size, math.ceil(width / NGRAM_MATCHES))
-        self.projection = torch.randn(shape, generator=generator).to(device, dtype)
-        shape = (tables + 1, width)
-        self.level_projection = torch.randn(shape, generator=generator).to(device, dtype)
+        draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+        self.projection = draw(vocab_size, math.ceil(width / NGRAM_MATCHES)).to(device, dtype)
+        self.level_projection = draw(1 + len(NGRAM_CONTEXTS), width).to(device, dtype)
 
         # A row: its context's hash // NGRAM_ROWS + 1, or 0 if it is empty, then the candidates,
         # each as token · 2^16 + weight · 2^16. No buffer, for it is not learned.
-        shape = (tables, NGRAM_ROWS, 1 + NGRAM_CANDIDATES)
-        self.table = torch.zeros(shape, dtype=torch.int32, device=device)
+        shape = (len(NGRAM_CONTEXTS), NGRAM_ROWS, 1 + NGRAM_CANDIDATES)
+        self.tables = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.final_tables = None  # of all training text
 
-    @torch.no_grad()
-    def fit(self, ids: Tensor) -> None:
-        """Fill the tables from rows of text, int64 (N, T), on the device of the tables."""
-        for table, context in zip(self.table, NGRAM_CONTEXTS, strict=True):
-            contexts = hash_contexts(ids, context)[:, :-1]
-            pairs = sort((contexts * 2**15 + ids[:, 1:]).flatten())
-            pairs, counts = pairs.unique_consecutive(return_counts=True)
-            contexts, index, sizes = (pairs >> 15).unique_consecutive(True, True)
-            totals = torch.zeros_like(contexts).index_add_(0, index, counts)
-
-            # A row belongs to the most frequent of its contexts.
-            row = contexts % NGRAM_ROWS
-            claim = totals * 2**32 + torch.arange(len(row), device=row.device)
-            best = claim.new_zeros(NGRAM_ROWS).scatter_reduce_(0, row, claim, "amax")
-            wins = best[row] == claim
-            table.zero_()
-            table[row[wins], 0] = (contexts[wins] // NGRAM_ROWS + 1).int()
-
-            # Within a context the most frequent token comes first.
-            rarity = 2**16 - 1 - counts.clamp(max=2**16 - 1)
-            order = sort(index * 2**31 + rarity * 2**15 + (pairs & 2**15 - 1))
-            place = torch.arange(len(order), device=order.device)
-            place -= (sizes.cumsum(0) - sizes)[index]
-            kept = wins[index] & (place < NGRAM_CANDIDATES)
-            order, index, place = order[kept], index[kept], place[kept]
-            count = 2**16 - 1 - (order >> 15 & 2**16 - 1)
-            weight = (count / (totals[index] + 1)).sqrt()  # less for rare contexts
-            packed = (order & 2**15 - 1) * 2**16 + (weight * 2**16).long()
-            table[row[index], 1 + place] = packed.int()
+    def fit(self, ids: Tensor) -> Tensor:
+        """Return tables for rows of text, int64 (N, T)."""
+        tables = torch.zeros_like(self.tables)
+        with ThreadPool(2) as pool:
+            pool.starmap(fill_table, zip(tables, NGRAM_CONTEXTS, repeat(ids)))
+        return tables
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the n-gram embedding of ids (B, T), and candidates with their weights.
@@ -572,21 +568,17 @@ class NgramTables(nn.Module):
         hashes = torch.stack([hash_contexts(ids, context) for context in NGRAM_CONTEXTS], dim=-1)
         number = torch.arange(len(NGRAM_CONTEXTS), device=ids.device)
         rows = hashes % NGRAM_ROWS
-        known = self.table[number, rows, 0] == hashes // NGRAM_ROWS + 1
+        known = self.tables[number, rows, 0] == hashes // NGRAM_ROWS + 1
         level = (known * (number + 1)).topk(NGRAM_MATCHES).values  # (B, T, matches), 0 if none
         number = (level - 1).clamp(min=0)
-        packed = self.table[number, rows.gather(-1, number), 1:]
+        packed = self.tables[number, rows.gather(-1, number), 1:]
         candidates = (packed >> 16).long()
-        weights = (packed & 2**16 - 1) * (level > 0)[..., None] / 2**16
+        weights = (packed & 0xFFFF) * (level > 0)[..., None] / 2**16
 
         projected = weights[..., None] * self.projection[candidates]
         embedding = projected.sum(-2).flatten(2)[..., : self.gate.size(1)]
         embedding = embedding + self.level_projection[level[..., 0]]
         return embedding, candidates.flatten(2), weights.flatten(2)
-
-    def compute_bonus(self, x: Tensor, candidates: Tensor, weights: Tensor) -> list[Tensor]:
-        """Return the candidates and what to add to their logits, by a gate of x (B, T, width)."""
-        return [candidates, weights * F.linear(x, self.gate).float()]
 
 
 # Optimizer ----------------------------------------------------------------------------------------
@@ -782,8 +774,8 @@ def check_knobs(length: int) -> None:
     require(0 <= SOFT_CAP <= 70, f"{SOFT_CAP=} must be from 0 to 70: float32 holds sums of e^70")
 
     require(min(NGRAM_CONTEXTS, default=1) >= 1, f"{NGRAM_CONTEXTS=} must each be at least 1")
-    matches = f"{NGRAM_MATCHES=} must be from 1 to the number of NGRAM_CONTEXTS"
-    require(1 <= NGRAM_MATCHES <= (len(NGRAM_CONTEXTS) or 9), matches)
+    matches = range(1, len(NGRAM_CONTEXTS or "any") + 1)
+    require(NGRAM_MATCHES in matches, f"{NGRAM_MATCHES=} must be 1 to {matches[-1]}")
     require(NGRAM_CANDIDATES >= 1, f"{NGRAM_CANDIDATES=} must be at least 1")
     require(0 < NGRAM_PART < 1, f"{NGRAM_PART=} must be above 0 and below 1")
     require(NGRAM_ROWS >= 2**8, f"{NGRAM_ROWS=} must be at least 256, for hashes to fit int32")
@@ -815,7 +807,7 @@ def train_step(model: nn.Module, optimizer: MuonAdamW, batches: list) -> Tensor:
 def warm_up(run: Run, model: GPT, rows: int, compiled: bool) -> tuple[nn.Module, MuonAdamW]:
     """Compile and allocate on two throw-away steps; return the model to call and its optimizer.
 
-    Weights, optimizer and random state are then as if the steps had never happened.
+    Weights, optimizer and PyTorch's random state are then as if the steps had never happened.
     """
     length = run.corpus.seq_len
     optimizer = build_optimizer(model, compiled and run.device.type == "cuda")
@@ -830,7 +822,6 @@ def warm_up(run: Run, model: GPT, rows: int, compiled: bool) -> tuple[nn.Module,
 
     tensors = list(model.parameters())
     saved = [tensor.detach().clone() for tensor in tensors]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             for _ in range(2):
@@ -839,8 +830,6 @@ def warm_up(run: Run, model: GPT, rows: int, compiled: bool) -> tuple[nn.Module,
         optimizer.zero_grad()
         optimizer.state.clear()
         optimizer.steps.zero_()
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
         with torch.no_grad():
             torch._foreach_copy_(tensors, saved)
     return forward, optimizer
@@ -872,24 +861,24 @@ def fit_memory(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAda
         torch.cuda.empty_cache()
 
 
-def count_ngrams(run: Run, ngrams: NgramTables | None) -> float:
-    """Fill the n-gram tables from the first part of each shard; return where training begins."""
-    if not ngrams:
-        return 0.0
+def read_rows(run: Run, part: tuple[float, float]) -> Tensor:
+    """Return a part of each shard, at most NGRAM_MAX_TOKENS: int64 (N, T + 1), on the device."""
+    rows, length = 8, run.corpus.seq_len
+    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed, part)
+    batches = islice(loader, NGRAM_MAX_TOKENS // (rows * length))
+    first_epoch = takewhile(lambda batch: batch[2] == 1, batches)
+    return torch.cat([torch.cat([x, y[:, -1:]], 1) for x, y, _ in first_epoch])
+
+
+def count_ngrams(run: Run, ngrams: NgramTables) -> None:
+    """Make the tables for training, and those of all training text for the end.
+
+    In the text that a model is trained on, tables of the same text would be right too often.
+    """
     run.status = "counting n-grams"
-    rows, length = 64, run.corpus.seq_len
-    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed, (0, NGRAM_PART))
-    batches = []
-    for x, y, epoch in islice(loader, NGRAM_MAX_TOKENS // (rows * length)):
-        if epoch > 1:
-            break
-        batches.append(torch.cat([x, y[:, -1:]], 1).short())
-    tokens = len(batches) * rows * length
-    if tokens < NGRAM_MIN_TOKENS:
-        return 0.0
-    ngrams.fit(torch.cat(batches).long())
-    print(f"n-grams of {tokens / 1e6:.1f}M tokens: {run.progress():.1%} of the time", flush=True)
-    return NGRAM_PART
+    ngrams.tables.copy_(ngrams.fit(read_rows(run, (0, NGRAM_PART))))
+    ngrams.final_tables = ngrams.fit(read_rows(run, (0, 1)))
+    print(f"n-grams: counting took {run.progress():.1%} of the time", flush=True)
 
 
 def build_model(run: Run) -> tuple[GPT, bool]:
@@ -909,7 +898,7 @@ def build_model(run: Run) -> tuple[GPT, bool]:
     model = GPT(config, attention, dtype, ngrams).to(run.device)
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
     if ngrams:
-        size += f", n-gram tables of {ngrams.table.nbytes / 2**20:.0f} MB"
+        size += f", n-gram tables of {2 * ngrams.tables.nbytes / 2**20:.0f} MB"
     print(f"model: {DEPTH} blocks of width {config.width}, {size}", flush=True)
     return model, compiled
 
@@ -935,7 +924,9 @@ def train(run: Run) -> None:
     gc.disable()  # a collection takes longer than it is worth in five minutes
     run.start(model)
 
-    part = (count_ngrams(run, model.ngrams), 1)  # of each shard, to train on
+    if model.ngrams:
+        count_ngrams(run, model.ngrams)
+    part = (NGRAM_PART if model.ngrams else 0, 1)  # of each shard, to train on
     loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed, part)
     run.status = "training"
     step, mean_loss, previous = 0, 0.0, None
@@ -956,6 +947,8 @@ def train(run: Run) -> None:
         previous = loss
         step += 1
 
+    if model.ngrams:
+        model.ngrams.tables.copy_(model.ngrams.final_tables)
     run.stop(forward)
     loader.close()
 

@@ -101,7 +101,7 @@ VARIANTS = {
     "smear": SMEAR,
     "ngrams": SMEAR | {"NGRAM_CONTEXTS": (2, 3, 4), "NGRAM_PART": 0.5},
     "ngrams-8": SMEAR | {"NGRAM_CONTEXTS": (1, 2, 3, 4, 5, 6, 8), "NGRAM_PART": 0.5},
-    "ngrams-8-most": SMEAR | {"NGRAM_CONTEXTS": (1, 2, 3, 4, 5, 6, 8), "NGRAM_PART": 0.8},
+    "ngrams-8-most": SMEAR | {"NGRAM_CONTEXTS": (1, 2, 3, 4, 5, 6, 8), "NGRAM_PART": 0.75},
     "tuned": PUBLISHED | {"COMPILE_OPTIONS": TUNED},
     "tuned-smear": SMEAR | {"COMPILE_OPTIONS": TUNED},
     "uncapped": PUBLISHED | {"SOFT_CAP": 0.0},
@@ -118,7 +118,6 @@ SMALL = {
     "TOTAL_BATCH_SIZE": 2**11,
     "DEVICE_BATCH_SIZE": 4,
     "HEAD_CHUNK": 2**9,
-    "NGRAM_MIN_TOKENS": 2**12,
     "NGRAM_ROWS": 2**12,
     "COMPILE_OPTIONS": {},
 }

@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import random
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
@@ -28,7 +27,6 @@ KNOBS = {
     "NGRAM_MATCHES": 2,
     "NGRAM_CANDIDATES": 6,
     "NGRAM_PART": 0.5,
-    "NGRAM_MIN_TOKENS": 2**14,
     "NGRAM_MAX_TOKENS": 2**16,
     "NGRAM_ROWS": 10_007,
     "NGRAM_GATE_LR": 0.0004,
@@ -89,7 +87,7 @@ def random_ids(model, rows=3):
 
 def give_candidates(model, ids):
     """Fill the table rows of all contexts in ids (B, T) with random candidates and weights."""
-    for table, context in zip(model.ngrams.table, train.NGRAM_CONTEXTS, strict=True):
+    for table, context in zip(model.ngrams.tables, train.NGRAM_CONTEXTS, strict=True):
         hashes = train.hash_contexts(ids, context).flatten()
         shape = (len(hashes), train.NGRAM_CANDIDATES)
         packed = torch.randint(model.config.vocab_size * 2**16, shape)
@@ -376,7 +374,7 @@ def test_a_table_holds_what_followed_each_context_most_often(tokenizer, monkeypa
     for context in (1, 2, 3, 4):
         monkeypatch.setattr(train, "NGRAM_CONTEXTS", (context,))
         ngrams = train.NgramTables(tokenizer.get_vocab_size(), 64, torch.float32, CPU)
-        ngrams.fit(whole_rows(x, y))
+        ngrams.tables = ngrams.fit(whole_rows(x, y))
         _, candidates, weights = ngrams(asked)
         follows, totals = count_by_hand(whole_rows(x, y), context)
         positions = (
@@ -410,17 +408,17 @@ def test_the_longest_contexts_that_match_give_the_candidates(tokenizer, monkeypa
     ((x, y),) = batches_of(tokenizer, 256, 1, rows=128)
     vocab_size = tokenizer.get_vocab_size()
     ngrams = train.NgramTables(vocab_size, 64, torch.float32, CPU)
-    ngrams.fit(whole_rows(x, y))
+    ngrams.tables = ngrams.fit(whole_rows(x, y))
     asked = torch.cat([x[:8], torch.randint(vocab_size, (8, 256))])
     _, candidates, weights = ngrams(asked)
     levels = Counter()
 
     single = []
-    for context, table in zip(contexts, ngrams.table, strict=True):
+    for context, table in zip(contexts, ngrams.tables, strict=True):
         monkeypatch.setattr(train, "NGRAM_CONTEXTS", (context,))
         monkeypatch.setattr(train, "NGRAM_MATCHES", 1)
         alone = train.NgramTables(vocab_size, 64, torch.float32, CPU)
-        alone.table = table[None]
+        alone.tables = table[None]
         single.append(alone(asked)[1:])
     for row, position in ((row, position) for row in range(16) for position in range(0, 256, 5)):
         seen = candidates[row, position].split(6), weights[row, position].split(6)
@@ -448,17 +446,25 @@ def make_run(tokenizer, device=CPU):
     )
 
 
-def test_only_the_first_part_of_the_text_is_counted(tokenizer, monkeypatch, capsys):
-    model = small_model(tokenizer.get_vocab_size(), length=256)
-    assert train.count_ngrams(make_run(tokenizer), model.ngrams) == 0.5
-    tokens = train.NGRAM_MAX_TOKENS
-    loader = prepare.make_dataloader(tokenizer, tokens // 256, 256, "train", 7, (0, 0.5))
-    x, y, _ = next(loader)
+def test_the_text_of_a_part_is_read_once_in_rows(tokenizer):
+    rows = train.read_rows(make_run(tokenizer), (0, 0.5))
+    loader = prepare.make_dataloader(tokenizer, 8, 256, "train", 7, (0, 0.5))
+    for batch in rows.split(8):
+        x, y, epoch = next(loader)
+        assert epoch == 1
+        assert torch.equal(batch, whole_rows(x, y))
+    assert len(rows) * 256 <= train.NGRAM_MAX_TOKENS < (len(rows) + 8) * 256
     loader.close()
-    expected = train.NgramTables(tokenizer.get_vocab_size(), 64, torch.float32, CPU)
-    expected.fit(whole_rows(x, y))
-    assert torch.equal(model.ngrams.table, expected.table)
-    assert capsys.readouterr().out == "n-grams of 0.1M tokens: 2.0% of the time\n"
+
+
+def test_training_counts_one_part_of_the_text_and_the_judged_model_all(tokenizer, capsys):
+    run = make_run(tokenizer)
+    model = small_model(tokenizer.get_vocab_size(), length=256)
+    train.count_ngrams(run, model.ngrams)
+    assert model.ngrams.tables.any()
+    assert torch.equal(model.ngrams.tables, model.ngrams.fit(train.read_rows(run, (0, 0.5))))
+    assert torch.equal(model.ngrams.final_tables, model.ngrams.fit(train.read_rows(run, (0, 1))))
+    assert capsys.readouterr().out == "n-grams: counting took 2.0% of the time\n"
 
 
 def test_nothing_of_the_validation_text_reaches_a_table(tokenizer, monkeypatch):
@@ -466,34 +472,33 @@ def test_nothing_of_the_validation_text_reaches_a_table(tokenizer, monkeypatch):
     monkeypatch.setattr(train, "NGRAM_MATCHES", 1)
     monkeypatch.setattr(train, "NGRAM_ROWS", 2**20)
     monkeypatch.setattr(train, "NGRAM_MAX_TOKENS", 2**30)
-    monkeypatch.setattr(train, "NGRAM_PART", 0.9)
+    run = make_run(tokenizer)
     model = small_model(tokenizer.get_vocab_size(), length=256)
-    assert train.count_ngrams(make_run(tokenizer), model.ngrams)
+    train.count_ngrams(run, model.ngrams)
     in_training = set()
-    loader = prepare.make_dataloader(tokenizer, 64, 256, "train", 7, (0, 0.9))
-    for x, _, epoch in loader:
-        if epoch > 1:
-            break
-        in_training.update(contexts_of(x, 4))
-    loader.close()
+    for part in ((0, 0.5), (0, 1)):  # documents are cropped elsewhere in each
+        in_training.update(contexts_of(train.read_rows(run, part), 4))
     rows = torch.from_numpy(prepare.read_val_rows(tokenizer.corpus).astype(np.int64))
-    known = model.ngrams(rows)[2].any(-1).flatten().tolist()
-    unseen = [last not in in_training for last in contexts_of(rows, 4)]
-    assert sum(unseen) > 1000
-    assert sum(known) > 1000
-    assert not any(a and b for a, b in zip(known, unseen, strict=True))
+    unseen = torch.tensor([last not in in_training for last in contexts_of(rows, 4)])
+    assert unseen.sum() > 1000
+    for tables in (model.ngrams.tables, model.ngrams.final_tables):
+        model.ngrams.tables = tables
+        known = model.ngrams(rows)[2].any(-1).flatten()
+        assert known.sum() > 1000
+        assert (known & unseen).sum() <= 3  # two contexts may share a hash
 
 
-def test_a_model_that_counts_what_it_is_judged_on_is_refused(tokenizer, monkeypatch):
+def test_a_model_that_counts_what_it_is_judged_on_is_refused(tokenizer):
     model = small_model(tokenizer.get_vocab_size(), length=tokenizer.corpus.seq_len)
-    assert train.count_ngrams(make_run(tokenizer), model.ngrams)
-    perturb(model)
+    train.count_ngrams(make_run(tokenizer), model.ngrams)
+    with torch.no_grad():
+        model.ngrams.gate.add_(torch.randn_like(model.ngrams.gate))
     prepare.evaluate_bpb(model, tokenizer, 16)
     forward = model.forward
 
     def remember(ids):
         logits = forward(ids)
-        model.ngrams.fit(ids)
+        model.ngrams.tables.copy_(model.ngrams.fit(ids))
         return logits
 
     model.forward = remember
@@ -501,28 +506,15 @@ def test_a_model_that_counts_what_it_is_judged_on_is_refused(tokenizer, monkeypa
         prepare.evaluate_bpb(model, tokenizer, 16)
 
 
-def test_too_little_text_is_not_counted(tokenizer, monkeypatch):
-    monkeypatch.setattr(train, "NGRAM_MIN_TOKENS", 2**20)
-    model = small_model(tokenizer.get_vocab_size(), length=256)
-    assert train.count_ngrams(make_run(tokenizer), model.ngrams) == 0
-    assert not model.ngrams.table.any()
-
-
-def test_without_contexts_there_is_nothing_to_count(tokenizer, no_ngrams):
-    model = small_model(tokenizer.get_vocab_size(), length=256)
-    assert model.ngrams is None
-    assert train.count_ngrams(make_run(tokenizer), None) == 0
-
-
 @pytest.mark.gpu
-def test_the_tables_on_a_gpu_are_those_on_a_cpu(tokenizer, monkeypatch):
+def test_the_tables_on_a_gpu_are_those_on_a_cpu(tokenizer):
     ((x, y),) = batches_of(tokenizer, 256, 1, rows=128)
     ngrams = train.NgramTables(tokenizer.get_vocab_size(), 64, torch.float32, CPU)
-    ngrams.fit(whole_rows(x, y))
+    ngrams.tables = ngrams.fit(whole_rows(x, y))
     device = torch.device("cuda")
     on_gpu = train.NgramTables(tokenizer.get_vocab_size(), 64, torch.float32, device)
-    on_gpu.fit(whole_rows(x, y).cuda())
-    assert torch.equal(on_gpu.table.cpu(), ngrams.table)
+    on_gpu.tables = on_gpu.fit(whole_rows(x, y).cuda())
+    assert torch.equal(on_gpu.tables.cpu(), ngrams.tables)
     for seen, right in zip(on_gpu(x.cuda()), ngrams(x), strict=True):
         assert torch.allclose(seen.cpu(), right, atol=1e-5)
 
@@ -550,7 +542,7 @@ def test_candidates_reach_the_blocks_as_an_embedding():
     with torch.no_grad():
         model.ngrams.gate.zero_()
         with_tables = model(ids)
-        model.ngrams.table.zero_()
+        model.ngrams.tables.zero_()
         assert not torch.allclose(model(ids), with_tables)
 
 
@@ -779,20 +771,15 @@ def test_a_compiled_model_learns_on_a_gpu(tokenizer):
 # warm-up
 
 
-def state_of_randomness():
-    numpy_state = np.random.get_state()[1].tolist()
-    return random.getstate(), numpy_state, torch.get_rng_state().tolist()
-
-
 def test_a_warm_up_leaves_no_trace(tokenizer, monkeypatch):
     model = small_model(tokenizer.get_vocab_size(), tokenizer.corpus.seq_len, depth=2)
     perturb(model)
     tensors = [*model.parameters(), *model.buffers()]
-    before, randomness = [tensor.clone() for tensor in tensors], state_of_randomness()
+    before, randomness = [tensor.clone() for tensor in tensors], torch.get_rng_state()
     losses, train_step = [], train.train_step
 
     def watched(*arguments):
-        random.random(), np.random.rand(), torch.rand(3)
+        torch.rand(3)
         losses.append(train_step(*arguments).item())
 
     monkeypatch.setattr(train, "train_step", watched)
@@ -800,7 +787,7 @@ def test_a_warm_up_leaves_no_trace(tokenizer, monkeypatch):
     assert losses[0] != losses[1]  # it did train
     for seen, expected in zip(tensors, before, strict=True):
         assert torch.equal(seen, expected)
-    assert state_of_randomness() == randomness
+    assert torch.equal(torch.get_rng_state(), randomness)
     assert all(p.grad is None for p in model.parameters())
     assert optimizer.steps == 0
     assert not optimizer.state
@@ -939,6 +926,7 @@ def test_a_gpu_with_too_little_memory_gets_smaller_micro_batches(tokenizer, monk
         ("NGRAM_CONTEXTS", (0, 2), r"NGRAM_CONTEXTS=\(0, 2\) must each be at least 1"),
         ("NGRAM_PART", 1.0, "NGRAM_PART=1.0 must be above 0 and below 1"),
         ("NGRAM_ROWS", 100, "NGRAM_ROWS=100 must be at least 256"),
+        ("NGRAM_MATCHES", 4, "NGRAM_MATCHES=4 must be 1 to 3"),
         ("NGRAM_CANDIDATES", 0, "NGRAM_CANDIDATES=0 must be at least 1"),
         ("FORCED_BACKEND", "flash2", "AUTORESEARCH_ATTENTION=flash2 must be one of .*flash3"),
     ],
