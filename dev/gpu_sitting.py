@@ -4,15 +4,16 @@ The plan, in pieces of ten minutes; ... stands for --corpus FOLDER --out OUT:
 
   0. python3 dev/gpu_sitting.py collect FOLDER    (a corpus from the machine's own source and prose)
   1. python3 -m pytest -m gpu; python3 dev/gpu_sitting.py profile ...
-  2. python3 dev/gpu_sitting.py compare ... --variants reference recipe published smear
-     python3 dev/gpu_sitting.py compare ... --variants smear ngrams ngrams-8 ngrams-8-most
-  3. python3 dev/gpu_sitting.py compare ... --variants published tuned uncapped averaged
-  4. python3 dev/gpu_sitting.py compare ... --variants reference BEST --seconds 300
-     and once more with --seeds 43
+  2. python3 dev/gpu_sitting.py compare ... --variants reference recipe published
+     python3 dev/gpu_sitting.py compare ... --variants smear ngrams ngrams-8
+  3. python3 dev/gpu_sitting.py compare ... --variants tuned-smear uncapped averaged
+  4. python3 dev/gpu_sitting.py compare ... --seconds 300 --variants reference
+     and BEST, then both with --seeds 43
 
 Each variant trains for --seconds in a process of its own and is judged as in a run; with several
 seeds the variants are interleaved. Results are written as they come, and nothing is started that
-would not end within --limit. --set makes a variant of your own, --train takes another file.
+would not end within --limit. The table has all results in OUT of as many seconds. --set makes a
+variant of your own, --train takes another file.
 """
 
 import argparse
@@ -218,27 +219,24 @@ def count_tokens(corpus) -> int:
 
 
 def print_table(results: list[dict]) -> None:
-    """Print the mean of each variant over its seeds, and its difference from the first."""
-    means, first = {}, None
+    """Print the mean of each variant over its runs, and how far its val_bpb is from the first's."""
+    columns = "num_steps total_tokens_M epochs mfu_percent peak_vram_mb warm_up_seconds".split()
+    print(f"\n{'variant':<16}runs   val_bpb    diff", *columns, sep="  ")
+    by_variant, first = {}, None
     for result in results:
-        means.setdefault(result["variant"], []).append(result)
-    print(f"\n{'variant':<16}seeds  val_bpb   diff     steps  tokens_M   mfu  memory_MB  warm-up_s")
-    for name, runs in means.items():
-        mean = {key: sum(run[key] for run in runs) / len(runs) for key in ("val_bpb", "num_steps")}
+        by_variant.setdefault(result["variant"], []).append(result)
+    for name, runs in by_variant.items():
+        mean = {key: sum(run[key] for run in runs) / len(runs) for key in ("val_bpb", *columns)}
         first = first or mean["val_bpb"]
-        difference = f"{mean['val_bpb'] / first - 1:+.2%}"
-        last = runs[-1]
-        print(
-            f"{name:<16}{len(runs):>5}  {mean['val_bpb']:.6f} {difference:>7} "
-            f"{mean['num_steps']:>7.0f} {last['total_tokens_M']:>9.1f} {last['mfu_percent']:>5.1f} "
-            f"{last['peak_vram_mb']:>10.0f} {last['warm_up_seconds']:>10.0f}",
-            flush=True,
-        )
+        cells = [f"{mean[key]:>{len(key)}.1f}" for key in columns]
+        difference = f"{mean['val_bpb'] / first - 1:+7.2%}"
+        print(f"{name:<16}{len(runs):>4}  {mean['val_bpb']:.6f}", difference, *cells, sep="  ")
+    print(flush=True)
 
 
 def compare(arguments: argparse.Namespace, knobs: dict) -> None:
     """Train every variant with every seed, each in a process of its own, as long as time allows."""
-    began, longest, results = time.monotonic(), 0.0, []
+    began, longest = time.monotonic(), float(arguments.seconds)
     log = arguments.out / "results.jsonl"
     for seed in arguments.seeds:
         for name in arguments.variants:
@@ -261,11 +259,11 @@ def compare(arguments: argparse.Namespace, knobs: dict) -> None:
                 print(f"  failed, see {output.name}: {lines[-1] if lines else status}", flush=True)
                 continue
             result = {"variant": name, "seed": seed, "seconds": arguments.seconds}
-            results.append(result | json.loads(lines[-1]))
             with log.open("a") as file:
-                file.write(json.dumps(results[-1]) + "\n")
-            print_table(results)
-    if not results:
+                file.write(json.dumps(result | json.loads(lines[-1])) + "\n")
+            results = [json.loads(line) for line in log.read_text().splitlines()]
+            print_table([entry for entry in results if entry["seconds"] == arguments.seconds])
+    if not log.exists():
         raise SystemExit("nothing was measured")
 
 
@@ -276,7 +274,7 @@ def profile(arguments: argparse.Namespace) -> None:
     for name in arguments.variants:
         knobs = VARIANTS[name] | (SMALL if arguments.small else {})
         with (arguments.out / f"profile-{name}.txt").open("w") as file:
-            command = [sys.executable, bench_step.__file__, "--steps", "16", "--turns", "1"]
+            command = [sys.executable, bench_step.__file__, "--steps", "16", "--turns", "0"]
             command += ["--profile", *[f"--set={key}={value!r}" for key, value in knobs.items()]]
             command += [f"--corpus={arguments.corpus}"] * bool(arguments.corpus)
             status = subprocess.run(command, stdout=file, stderr=file).returncode
