@@ -15,11 +15,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice, repeat, takewhile
+from itertools import repeat
 from multiprocessing.pool import ThreadPool
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages save page faults on a CPU
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._triton import has_triton
 
 from harness.run import Run, training_run
-from prepare import get_device, make_dataloader
+from prepare import get_device, make_dataloader, train_documents
 
 # Knobs --------------------------------------------------------------------------------------------
 
@@ -53,8 +54,8 @@ MATRIX_INIT = 0.68  # bound of the blocks' initial weights, times √(3 / width)
 NGRAM_CONTEXTS = () if CUDA else (1, 2, 3, 4, 6, 8)  # lengths in tokens; (): no tables
 NGRAM_MATCHES = 3  # longest matching contexts that give candidates
 NGRAM_CANDIDATES = 6  # most frequent next tokens kept for a context
-NGRAM_PART = 0.5  # part of each shard that is counted for training, which takes the rest
-NGRAM_MAX_TOKENS = 2**27  # no more tokens are counted
+NGRAM_PART = 0.5  # part of each shard that is counted; the model trains on the rest
+NGRAM_MAX_TOKENS = 2**27 if CUDA else 2**25  # no more tokens are counted
 NGRAM_ROWS = 2**22  # rows of a table; each holds one context
 
 # batch
@@ -354,7 +355,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. attention: may be replaced by one of the same windows. ngrams: NgramTables."""
+    """The model. Its attention may be replaced by another one with the same windows."""
 
     def __init__(self, config: Config, attention: Attention, dtype: torch.dtype, ngrams=None):
         super().__init__()
@@ -440,12 +441,11 @@ def cap_logits(logits: Tensor, *bonus: Tensor) -> Tensor:
         logits = logits.scatter_add(-1, *bonus)
     if not SOFT_CAP:
         return logits.clamp(-70, 70)  # float32 holds sums of e^70
-    power = torch.exp(logits * (2 / SOFT_CAP))  # faster than tanh on a CPU
-    return SOFT_CAP - 2 * SOFT_CAP / (1 + power)
+    return 2 * SOFT_CAP * torch.sigmoid(logits * (2 / SOFT_CAP)) - SOFT_CAP
 
 
 def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, *bonus: Tensor) -> Tensor:
-    """Return the summed cross-entropy of some tokens; autograd differentiates what stands here.
+    """Return the summed cross-entropy of some tokens; autograd differentiates it.
 
     x: (N, width). weight: (vocab, width). targets: (N,). bonus: as for cap_logits.
     """
@@ -521,13 +521,12 @@ def fill_table(table: Tensor, context: int, ids: Tensor) -> None:
     table[row[wins], 0] = (contexts[wins] // NGRAM_ROWS + 1).int()
 
     # Within a context the most frequent token comes first.
-    counts = counts.clamp(max=0xFFFF)
-    order = index * 2**16 + 2**16 - counts
+    order = index * 2**20 + 2**20 - counts.clamp(max=0xFFFFF)
     order = sort(order * 2**15 + (pairs & 0x7FFF))
     place = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[index]
     kept = wins[index] & (place < NGRAM_CANDIDATES)
     order, index, place = order[kept], index[kept], place[kept]
-    count = 2**16 - (order >> 15 & 0xFFFF)
+    count = 2**20 - (order >> 15 & 0xFFFFF)
     weight = (count / (totals[index] + 1)).sqrt()  # less for rare contexts
     packed = (order & 0x7FFF) * 2**16 + (weight * 2**16).long()
     table[row[index], 1 + place] = packed.int()
@@ -547,7 +546,7 @@ class NgramTables(nn.Module):
         self.level_projection = draw(1 + len(NGRAM_CONTEXTS), width).to(device, dtype)
 
         # A row: its context's hash // NGRAM_ROWS + 1, or 0 if it is empty, then the candidates,
-        # each as token · 2^16 + weight · 2^16. No buffer, for it is not learned.
+        # each as token · 2^16 + weight · 2^16. Not a buffer: its digest would take seconds.
         shape = (len(NGRAM_CONTEXTS), NGRAM_ROWS, 1 + NGRAM_CANDIDATES)
         self.tables = torch.zeros(shape, dtype=torch.int32, device=device)
         self.final_tables = None  # of all training text
@@ -555,7 +554,7 @@ class NgramTables(nn.Module):
     def fit(self, ids: Tensor) -> Tensor:
         """Return tables for rows of text, int64 (N, T)."""
         tables = torch.zeros_like(self.tables)
-        with ThreadPool(2) as pool:
+        with ThreadPool(1 if CUDA else 2) as pool:
             pool.starmap(fill_table, zip(tables, NGRAM_CONTEXTS, repeat(ids)))
         return tables
 
@@ -563,7 +562,7 @@ class NgramTables(nn.Module):
         """Return the n-gram embedding of ids (B, T), and candidates with their weights.
 
         Candidates, int64, and weights, float32: (B, T, NGRAM_MATCHES · NGRAM_CANDIDATES), those of
-        the longest match first. Without a match weights are 0. Embedding: (B, T, width).
+        the longest match first; a weight is 0 where nothing matches. Embedding: (B, T, width).
         """
         hashes = torch.stack([hash_contexts(ids, context) for context in NGRAM_CONTEXTS], dim=-1)
         number = torch.arange(len(NGRAM_CONTEXTS), device=ids.device)
@@ -773,12 +772,11 @@ def check_knobs(length: int) -> None:
     require(letters <= set("SL"), f"{WINDOW_PATTERN=} must consist of S and L")
     require(0 <= SOFT_CAP <= 70, f"{SOFT_CAP=} must be from 0 to 70: float32 holds sums of e^70")
 
-    require(min(NGRAM_CONTEXTS, default=1) >= 1, f"{NGRAM_CONTEXTS=} must each be at least 1")
-    matches = range(1, len(NGRAM_CONTEXTS or "any") + 1)
-    require(NGRAM_MATCHES in matches, f"{NGRAM_MATCHES=} must be 1 to {matches[-1]}")
+    require(sorted({0, *NGRAM_CONTEXTS}) == [0, *NGRAM_CONTEXTS], f"{NGRAM_CONTEXTS=} must ascend")
+    matches = f"{NGRAM_MATCHES=} must be from 1 to the {len(NGRAM_CONTEXTS)} NGRAM_CONTEXTS"
+    require(not NGRAM_CONTEXTS or 1 <= NGRAM_MATCHES <= len(NGRAM_CONTEXTS), matches)
     require(NGRAM_CANDIDATES >= 1, f"{NGRAM_CANDIDATES=} must be at least 1")
     require(0 < NGRAM_PART < 1, f"{NGRAM_PART=} must be above 0 and below 1")
-    require(NGRAM_ROWS >= 2**8, f"{NGRAM_ROWS=} must be at least 256, for hashes to fit int32")
     require(MUON_WARMUP > 0, f"{MUON_WARMUP=} must be above 0")
 
     require(DEVICE_BATCH_SIZE >= 1, f"{DEVICE_BATCH_SIZE=} must be at least 1")
@@ -861,23 +859,28 @@ def fit_memory(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAda
         torch.cuda.empty_cache()
 
 
-def read_rows(run: Run, part: tuple[float, float]) -> Tensor:
-    """Return a part of each shard, at most NGRAM_MAX_TOKENS: int64 (N, T + 1), on the device."""
-    rows, length = 8, run.corpus.seq_len
-    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed, part)
-    batches = islice(loader, NGRAM_MAX_TOKENS // (rows * length))
-    first_epoch = takewhile(lambda batch: batch[2] == 1, batches)
-    return torch.cat([torch.cat([x, y[:, -1:]], 1) for x, y, _ in first_epoch])
+def read_text(run: Run, part: tuple[float, float]) -> Tensor:
+    """Return the documents of a part of each shard in one row, int64 (1, N), on the device.
+
+    These are at most NGRAM_MAX_TOKENS tokens, and one document.
+    """
+    text, size = [], 0
+    for ids, epoch in train_documents(run.corpus, run.seed, part):
+        if epoch > 1 or size > NGRAM_MAX_TOKENS:
+            break
+        text.append(ids)
+        size += len(ids)
+    return torch.from_numpy(np.concatenate(text).astype(np.int64))[None].to(run.device)
 
 
 def count_ngrams(run: Run, ngrams: NgramTables) -> None:
     """Make the tables for training, and those of all training text for the end.
 
-    In the text that a model is trained on, tables of the same text would be right too often.
+    Tables of the text that a model trains on are right too often, and it would trust them too much.
     """
     run.status = "counting n-grams"
-    ngrams.tables.copy_(ngrams.fit(read_rows(run, (0, NGRAM_PART))))
-    ngrams.final_tables = ngrams.fit(read_rows(run, (0, 1)))
+    ngrams.tables.copy_(ngrams.fit(read_text(run, (0, NGRAM_PART))))
+    ngrams.final_tables = ngrams.fit(read_text(run, (0, 1)))
     print(f"n-grams: counting took {run.progress():.1%} of the time", flush=True)
 
 

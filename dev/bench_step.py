@@ -98,7 +98,7 @@ def train_some(arguments: argparse.Namespace) -> dict:
         def progress(self):  # also asked after the counts, before the first step
             done = len(losses) - self.before
             times[done:] = [time.perf_counter()]
-            if profiled and done == steps - PROFILED - 1:
+            if profiled and done == steps - PROFILED:
                 result["parts"] = marks.milliseconds()  # the profiler would slow them down
                 profile.start()
             return done / steps
@@ -113,9 +113,8 @@ def train_some(arguments: argparse.Namespace) -> dict:
 
     step = train.train_step
 
-    def train_step(*given):
-        marks.add("forward")
-        losses.append(step(*given))
+    def train_step(model, *given):
+        losses.append(step(marks.wrap(model, "forward", "rest"), *given))
         return losses[-1]
 
     train.train_step = train_step
@@ -191,7 +190,8 @@ def main() -> None:
     parser.add_argument("--corpus", help="as for train.py")
     parser.add_argument("--profile", action="store_true", help="profile one more run")
     parser.add_argument("--seed", type=int, default=42, help="of the first turn (default 42)")
-    parser.add_argument("--set", nargs="*", type=parse_knob, default=[], metavar="KNOB=VALUE")
+    parser.add_argument("--set", action="append", type=parse_knob, default=[], metavar="KNOB=VALUE")
+    parser.add_argument("--train", type=Path, default=ROOT / "train.py", help="another train.py")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.steps < 8 or arguments.turns < 0:
@@ -200,7 +200,7 @@ def main() -> None:
         print(json.dumps(train_some(arguments)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        versions = {"train.py": ROOT / "train.py"}
+        versions = {"train.py": arguments.train}
         if arguments.against and Path(arguments.against).exists():
             versions[arguments.against] = Path(arguments.against)
         elif arguments.against:
@@ -211,7 +211,7 @@ def main() -> None:
             versions[arguments.against].write_bytes(source)
         compare(arguments, versions)
     if arguments.profile:
-        run_child(arguments, ROOT / "train.py", arguments.seed, "--profile")
+        run_child(arguments, arguments.train, arguments.seed, "--profile")
 
 
 if __name__ == "__main__":

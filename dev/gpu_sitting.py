@@ -1,19 +1,22 @@
 """Make the most of half an hour of a GPU: compare variants of train.py's knobs, and profile them.
 
+It needs the packages of pyproject.toml; without a network, bring rustbpe and kernels as wheels.
 The plan, in pieces of ten minutes; ... stands for --corpus FOLDER --out OUT:
 
   0. python3 dev/gpu_sitting.py collect FOLDER    (a corpus from the machine's own source and prose)
-  1. python3 -m pytest -m gpu; python3 dev/gpu_sitting.py profile ...
+  1. python3 -m pytest -m gpu tests/test_train.py tests/test_data.py tests/test_evaluator.py
+     python3 dev/gpu_sitting.py profile ...
   2. python3 dev/gpu_sitting.py compare ... --variants reference recipe published
      python3 dev/gpu_sitting.py compare ... --variants smear ngrams ngrams-8
   3. python3 dev/gpu_sitting.py compare ... --variants tuned-smear uncapped averaged
   4. python3 dev/gpu_sitting.py compare ... --seconds 300 --variants reference
      and BEST, then both with --seeds 43
 
-Each variant trains for --seconds in a process of its own and is judged as in a run; with several
-seeds the variants are interleaved. Results are written as they come, and nothing is started that
-would not end within --limit. The table has all results in OUT of as many seconds. --set makes a
-variant of your own, --train takes another file.
+Half an hour is enough for 0 to 2 and the first pair of 4. Each variant trains for --seconds in a
+process of its own and is judged as in a run; with several seeds the variants are interleaved.
+Results are written as they come, and nothing is started that would not end within --limit. The
+table shows every result in OUT that trained for the same number of seconds. --set makes a variant
+of your own, its value a literal, without operators; --train takes another file.
 """
 
 import argparse
@@ -93,6 +96,17 @@ PUBLISHED = {
     "WARMDOWN": 0.925,
     "FINAL_LR": 0.025,
 }
+PUBLISHED = (
+    REFERENCE
+    | PUBLISHED
+    | {
+        "ROTARY_BASE": 200_000,
+        "X0_LAMBDA": 0.05,
+        "MATRIX_INIT": 0.68,
+        "HEAD_DECAY": 0.01,
+        "EMBEDDING_DECAY": 0.001,
+    }
+)
 SMEAR = PUBLISHED | {"SMEAR": (0.25, 0.0)}
 
 VARIANTS = {
@@ -110,7 +124,7 @@ VARIANTS = {
     "smear-mlp": PUBLISHED | {"SMEAR": (0.25, 0.25)},
 }
 
-# For a try without a GPU: any variant, made small after its own knobs were set.
+# For trying a variant without a GPU: these values replace its own.
 SMALL = {
     "DEPTH": 3,
     "ASPECT_RATIO": 16,
@@ -123,29 +137,25 @@ SMALL = {
     "COMPILE_OPTIONS": {},
 }
 
-SUFFIXES = set(".py .pyi .h .hpp .cpp .cu .md .rst .txt .js .ts .c .cc .cuh .css .html".split())
+SUFFIXES = ".py .pyi .h .hpp .cpp .cu .c .cc .md .rst .txt .js .ts .css .html".split()
 
 
 def collect(folder: Path, roots: list[str]) -> None:
-    """Write the distinct texts below some folders to FOLDER/text-N.jsonl, 2^28 characters each."""
+    """Copy the distinct texts below some folders to FOLDER, and prepare them as a corpus."""
     folder.mkdir(parents=True, exist_ok=True)
-    seen, size, part, file = set(), 0, 0, None
+    size = 0
     for root in roots:
         for place, _, names in os.walk(root):
             for path in (Path(place, name) for name in names if Path(name).suffix in SUFFIXES):
                 try:
-                    text = path.read_bytes().decode()
+                    text = path.read_bytes()
+                    text.decode()
                 except (OSError, UnicodeDecodeError):
                     continue
-                digest = hashlib.sha256(text.encode()).digest()
-                if digest in seen or "\0" in text:
-                    continue
-                seen.add(digest)
-                if size >= part * 2**28:
-                    file, part = (folder / f"text-{part}.jsonl").open("w"), part + 1
-                file.write(json.dumps({"text": text}) + "\n")
-                size += len(text)
-    print(f"{folder}: {len(seen)} files, {size / 1e6:.0f}M characters")
+                if b"\0" not in text:
+                    (folder / f"{hashlib.sha256(text).hexdigest()[:24]}.txt").write_bytes(text)
+                    size += len(text)
+    print(f"{folder}: {len(list(folder.iterdir()))} files, from {size / 1e6:.0f} MB", flush=True)
 
 
 def load_train(path: Path, knobs: dict):
@@ -181,11 +191,11 @@ def train_variant(arguments: argparse.Namespace, knobs: dict) -> dict:
             self.parameters = [p.detach() for p in model.parameters()]
             super().start(model)
 
-        def progress(self):  # of averaged weights the mean of the last steps is judged
+        def progress(self):  # with AVERAGED_PART, the mean of the last weights is judged
             nonlocal count
             progress = super().progress()
             if progress > 1 - averaged_part:
-                average[:] = average or [p.float() for p in self.parameters]
+                average[:] = average or [p.to(torch.float32, copy=True) for p in self.parameters]
                 count += 1
                 for mean, p in zip(average, self.parameters, strict=True):
                     mean.lerp_(p.float(), 1 / count)
@@ -210,6 +220,8 @@ def train_variant(arguments: argparse.Namespace, knobs: dict) -> dict:
         train.train(run)
     result["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     result["epochs"] = result["total_tokens_M"] * 1e6 / count_tokens(corpus)
+    if train.NGRAM_CONTEXTS:
+        result["epochs"] /= 1 - train.NGRAM_PART
     return result
 
 
@@ -236,7 +248,7 @@ def print_table(results: list[dict]) -> None:
 
 def compare(arguments: argparse.Namespace, knobs: dict) -> None:
     """Train every variant with every seed, each in a process of its own, as long as time allows."""
-    began, longest = time.monotonic(), float(arguments.seconds)
+    began, longest, failed = time.monotonic(), float(arguments.seconds), []
     log = arguments.out / "results.jsonl"
     for seed in arguments.seeds:
         for name in arguments.variants:
@@ -251,35 +263,37 @@ def compare(arguments: argparse.Namespace, knobs: dict) -> None:
             command += [f"--corpus={arguments.corpus}"] * bool(arguments.corpus)
             command += [f"--set={key}={value!r}" for key, value in knobs.items()]
             print(f"{name}, seed {seed}", flush=True)
-            with (arguments.out / f"{name}-{seed}.log").open("w") as output:
-                status = subprocess.run(command, stdout=output, stderr=output).returncode
-            lines = Path(output.name).read_text().splitlines()
+            with (arguments.out / "log.txt").open("a") as output:
+                print(f"\n{name}, seed {seed}", file=output, flush=True)
+                try:
+                    subprocess.run(command, stdout=output, stderr=output, timeout=left, check=True)
+                except subprocess.SubprocessError as error:
+                    last = Path(output.name).read_text().rstrip().splitlines()[-1]
+                    failed.append(f"{name}, seed {seed}: {type(error).__name__}, {last}")
+                    print(f"failed, see {output.name}: {failed[-1]}", flush=True)
+                    continue
             longest = max(longest, time.monotonic() - start)
-            if status:
-                print(f"  failed, see {output.name}: {lines[-1] if lines else status}", flush=True)
-                continue
-            result = {"variant": name, "seed": seed, "seconds": arguments.seconds}
-            with log.open("a") as file:
-                file.write(json.dumps(result | json.loads(lines[-1])) + "\n")
             results = [json.loads(line) for line in log.read_text().splitlines()]
             print_table([entry for entry in results if entry["seconds"] == arguments.seconds])
-    if not log.exists():
-        raise SystemExit("nothing was measured")
+    if failed:
+        raise SystemExit("\n".join(["failed:", *failed]))
 
 
-def profile(arguments: argparse.Namespace) -> None:
+def profile(arguments: argparse.Namespace, knobs: dict) -> None:
     """Write a profile of each variant, with its compile time, to a file."""
-    import bench_step
-
     for name in arguments.variants:
-        knobs = VARIANTS[name] | (SMALL if arguments.small else {})
+        chosen = VARIANTS[name] | (SMALL if arguments.small else {}) | knobs
+        chosen.pop("AVERAGED_PART", None)
         with (arguments.out / f"profile-{name}.txt").open("w") as file:
-            command = [sys.executable, bench_step.__file__, "--steps", "16", "--turns", "0"]
-            command += ["--profile", *[f"--set={key}={value!r}" for key, value in knobs.items()]]
+            command = [sys.executable, ROOT / "dev/bench_step.py", "--steps", "16", "--turns", "0"]
+            command += ["--profile", *[f"--set={key}={value!r}" for key, value in chosen.items()]]
+            command += ["--train", arguments.train]
             command += [f"--corpus={arguments.corpus}"] * bool(arguments.corpus)
             status = subprocess.run(command, stdout=file, stderr=file).returncode
         text = Path(file.name).read_text().splitlines()
         print(f"{name}: {'failed' * bool(status)} {file.name}", *text[-24:], sep="\n", flush=True)
+        if status:
+            raise SystemExit(status)
 
 
 def parse_knob(text: str) -> tuple[str, object]:
@@ -303,7 +317,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=590, help="seconds in all (default 590)")
     parser.add_argument("--corpus", help="as for train.py")
     parser.add_argument("--out", type=Path, default=Path("sitting"), help="default: ./sitting")
-    parser.add_argument("--set", nargs="*", type=parse_knob, default=[], metavar="KNOB=VALUE")
+    parser.add_argument("--set", action="append", type=parse_knob, default=[], metavar="KNOB=VALUE")
     parser.add_argument("--train", type=Path, default=ROOT / "train.py", help="another train.py")
     parser.add_argument("--small", action="store_true", help="a tiny model, for a try on a CPU")
     arguments = parser.parse_args()
@@ -311,15 +325,20 @@ def main() -> None:
     if arguments.piece == "collect":
         if not arguments.folder:
             parser.error("collect needs a FOLDER to write to")
-        roots = [sysconfig.get_paths()["purelib"], "/usr/include", "/usr/share/doc", "/usr/lib"]
-        collect(arguments.folder, roots)
+        import prepare
+
+        collect(arguments.folder, [sysconfig.get_paths()["purelib"], "/usr"])
+        prepare.prepare(prepare.choose_corpus(str(arguments.folder)))
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.piece == "child":
         variant = VARIANTS[arguments.variants[0]] | (SMALL if arguments.small else {})
-        print(json.dumps(train_variant(arguments, variant | knobs)))
+        result = {"variant": arguments.variants[0], "seed": arguments.seeds[0]}
+        result |= {"seconds": arguments.seconds, **train_variant(arguments, variant | knobs)}
+        with (arguments.out / "results.jsonl").open("a") as file:
+            file.write(json.dumps(result) + "\n")
     elif arguments.piece == "profile":
-        profile(arguments)
+        profile(arguments, knobs)
     else:
         compare(arguments, knobs)
 

@@ -286,6 +286,16 @@ def test_the_loss_and_its_gradients_are_those_of_pytorch(monkeypatch, tokens, ca
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
+@pytest.mark.parametrize("cap", [15.0, 1.0, 0.0])
+def test_the_loss_of_huge_logits_has_finite_gradients(monkeypatch, cap):
+    monkeypatch.setattr(train, "SOFT_CAP", cap)
+    x = torch.full((4, 16), 30.0).requires_grad_()
+    weight = torch.randn(50, 16).mul(30.0).requires_grad_()
+    loss = train.ChunkedLoss.apply(x, weight, torch.arange(4))
+    for grad in torch.autograd.grad(loss, (x, weight)):
+        assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize("cap", [15.0, 0.0])
 def test_the_gradients_of_the_loss_are_as_good_as_bf16_allows(monkeypatch, cap):
     monkeypatch.setattr(train, "SOFT_CAP", cap)
@@ -446,15 +456,28 @@ def make_run(tokenizer, device=CPU):
     )
 
 
-def test_the_text_of_a_part_is_read_once_in_rows(tokenizer):
-    rows = train.read_rows(make_run(tokenizer), (0, 0.5))
-    loader = prepare.make_dataloader(tokenizer, 8, 256, "train", 7, (0, 0.5))
-    for batch in rows.split(8):
-        x, y, epoch = next(loader)
-        assert epoch == 1
-        assert torch.equal(batch, whole_rows(x, y))
-    assert len(rows) * 256 <= train.NGRAM_MAX_TOKENS < (len(rows) + 8) * 256
-    loader.close()
+def test_all_text_of_a_part_is_read_once_as_far_as_the_limit_goes(tokenizer, monkeypatch):
+    run = make_run(tokenizer)
+    some = train.read_text(run, (0, 1))
+    assert train.NGRAM_MAX_TOKENS < some.numel() < train.NGRAM_MAX_TOKENS + 2048
+    monkeypatch.setattr(train, "NGRAM_MAX_TOKENS", 2**30)
+    size = (tokenizer.corpus.directory / "train_00000.tokens").stat().st_size // 2
+    assert train.read_text(run, (0, 1)).numel() == size
+    halves = [train.read_text(run, part) for part in ((0, 0.5), (0.5, 1))]
+    assert sum(half.numel() for half in halves) == size
+
+
+def test_very_frequent_contexts_keep_their_order_and_weights(monkeypatch):
+    monkeypatch.setattr(train, "NGRAM_CONTEXTS", (1,))
+    monkeypatch.setattr(train, "NGRAM_MATCHES", 1)
+    ngrams = train.NgramTables(256, 64, torch.float32, CPU)
+    followers = torch.tensor([5] * 1 + [6] * 2 + [7] * 4 + [8] * 3)
+    text = torch.stack([torch.ones(200_000, dtype=torch.long), followers.repeat(20_000)], 1)
+    ngrams.tables = ngrams.fit(text.flatten()[None])
+    _, candidates, weights = ngrams(torch.tensor([[1]]))
+    assert candidates[0, 0, :4].tolist() == [7, 8, 6, 5]
+    expected = [math.sqrt(part) for part in (0.4, 0.3, 0.2, 0.1)]
+    assert weights[0, 0, :4].tolist() == pytest.approx(expected, abs=1e-3)
 
 
 def test_training_counts_one_part_of_the_text_and_the_judged_model_all(tokenizer, capsys):
@@ -462,8 +485,8 @@ def test_training_counts_one_part_of_the_text_and_the_judged_model_all(tokenizer
     model = small_model(tokenizer.get_vocab_size(), length=256)
     train.count_ngrams(run, model.ngrams)
     assert model.ngrams.tables.any()
-    assert torch.equal(model.ngrams.tables, model.ngrams.fit(train.read_rows(run, (0, 0.5))))
-    assert torch.equal(model.ngrams.final_tables, model.ngrams.fit(train.read_rows(run, (0, 1))))
+    assert torch.equal(model.ngrams.tables, model.ngrams.fit(train.read_text(run, (0, 0.5))))
+    assert torch.equal(model.ngrams.final_tables, model.ngrams.fit(train.read_text(run, (0, 1))))
     assert capsys.readouterr().out == "n-grams: counting took 2.0% of the time\n"
 
 
@@ -476,8 +499,8 @@ def test_nothing_of_the_validation_text_reaches_a_table(tokenizer, monkeypatch):
     model = small_model(tokenizer.get_vocab_size(), length=256)
     train.count_ngrams(run, model.ngrams)
     in_training = set()
-    for part in ((0, 0.5), (0, 1)):  # documents are cropped elsewhere in each
-        in_training.update(contexts_of(train.read_rows(run, part), 4))
+    for part in ((0, 0.5), (0, 1)):  # document order, and what joins them, differ
+        in_training.update(contexts_of(train.read_text(run, part), 4))
     rows = torch.from_numpy(prepare.read_val_rows(tokenizer.corpus).astype(np.int64))
     unseen = torch.tensor([last not in in_training for last in contexts_of(rows, 4)])
     assert unseen.sum() > 1000
@@ -923,10 +946,9 @@ def test_a_gpu_with_too_little_memory_gets_smaller_micro_batches(tokenizer, monk
         ("WINDOW_PATTERN", "", "WINDOW_PATTERN='' must consist of S and L"),
         ("HEAD_DIM", 33, "HEAD_DIM=33 must be even"),
         ("SOFT_CAP", -1, "SOFT_CAP=-1 must be from 0 to 70"),
-        ("NGRAM_CONTEXTS", (0, 2), r"NGRAM_CONTEXTS=\(0, 2\) must each be at least 1"),
+        ("NGRAM_CONTEXTS", (0, 2), r"NGRAM_CONTEXTS=\(0, 2\) must ascend"),
         ("NGRAM_PART", 1.0, "NGRAM_PART=1.0 must be above 0 and below 1"),
-        ("NGRAM_ROWS", 100, "NGRAM_ROWS=100 must be at least 256"),
-        ("NGRAM_MATCHES", 4, "NGRAM_MATCHES=4 must be 1 to 3"),
+        ("NGRAM_MATCHES", 4, "NGRAM_MATCHES=4 must be from 1 to the 3 NGRAM_CONTEXTS"),
         ("NGRAM_CANDIDATES", 0, "NGRAM_CANDIDATES=0 must be at least 1"),
         ("FORCED_BACKEND", "flash2", "AUTORESEARCH_ATTENTION=flash2 must be one of .*flash3"),
     ],
