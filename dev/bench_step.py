@@ -141,7 +141,8 @@ def train_some(arguments: argparse.Namespace) -> dict:
             print(idle, file=sys.stderr)
         parts = (f"{part} {spent:.1f} ms" for part, spent in result["parts"].items())
         warm_up = f"warm-up and compile {result['warm_up_seconds']:.0f} s"
-        print(f"{warm_up}; of a step: {', '.join(parts)}", file=sys.stderr)
+        of = f"of a step of {result['tokens']} tokens"
+        print(f"{warm_up}; {of}: {', '.join(parts)}", file=sys.stderr)
     result["seconds"] = [b - a for a, b in itertools.pairwise(times)]
     result["losses"] = [loss.item() for loss in losses[-steps:]]
     return result

@@ -209,7 +209,7 @@ def train_variant(arguments: argparse.Namespace, knobs: dict) -> dict:
         def finish(self, model, batch_size, steps, tokens, depth, mfu):
             super().finish(model, batch_size, steps, tokens, depth, mfu)
             result.update({name: float(value) for name, value in self.summary.items()})
-            result["rows"] = batch_size
+            result.update(rows=batch_size, epochs=tokens / count_tokens(self.corpus))
 
     corpus = prepare.choose_corpus(arguments.corpus)
     prepare.prepare(corpus)
@@ -219,7 +219,6 @@ def train_variant(arguments: argparse.Namespace, knobs: dict) -> dict:
         run = Sitting(corpus, tokenizer, device, arguments.seeds[0], file)
         train.train(run)
     result["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    result["epochs"] = result["total_tokens_M"] * 1e6 / count_tokens(corpus)
     if train.NGRAM_CONTEXTS:
         result["epochs"] /= 1 - train.NGRAM_PART
     return result
@@ -248,13 +247,13 @@ def print_table(results: list[dict]) -> None:
 
 def compare(arguments: argparse.Namespace, knobs: dict) -> None:
     """Train every variant with every seed, each in a process of its own, as long as time allows."""
-    began, longest, failed = time.monotonic(), float(arguments.seconds), []
+    began, longest, missing = time.monotonic(), float(arguments.seconds), []
     log = arguments.out / "results.jsonl"
     for seed in arguments.seeds:
         for name in arguments.variants:
             left = arguments.limit - (time.monotonic() - began)
             if left < longest:
-                print(f"not started for lack of time: {name}, seed {seed}")
+                missing.append(f"{name}, seed {seed}: not started for lack of time")
                 continue
             start = time.monotonic()
             command = [sys.executable, __file__, "child", "--variants", name, "--seeds", str(seed)]
@@ -269,14 +268,14 @@ def compare(arguments: argparse.Namespace, knobs: dict) -> None:
                     subprocess.run(command, stdout=output, stderr=output, timeout=left, check=True)
                 except subprocess.SubprocessError as error:
                     last = Path(output.name).read_text().rstrip().splitlines()[-1]
-                    failed.append(f"{name}, seed {seed}: {type(error).__name__}, {last}")
-                    print(f"failed, see {output.name}: {failed[-1]}", flush=True)
+                    missing.append(f"{name}, seed {seed}: {type(error).__name__}, {last}")
+                    print(f"failed, see {output.name}: {last}", flush=True)
                     continue
             longest = max(longest, time.monotonic() - start)
             results = [json.loads(line) for line in log.read_text().splitlines()]
             print_table([entry for entry in results if entry["seconds"] == arguments.seconds])
-    if failed:
-        raise SystemExit("\n".join(["failed:", *failed]))
+    if missing:
+        raise SystemExit("\n".join(["without a result:", *missing]))
 
 
 def profile(arguments: argparse.Namespace, knobs: dict) -> None:

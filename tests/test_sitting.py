@@ -36,10 +36,11 @@ def test_variants_are_interleaved_over_the_seeds(command, corpus, tmp_path):
 
 
 def test_what_cannot_end_in_time_is_not_started(command, corpus, tmp_path):
-    more = ["--variants", "recipe", "published", "--limit", 5]
+    more = ["--variants", "recipe", "published", "--limit", 0.5]
     result = compare(command, corpus, tmp_path, *more)
-    assert "not started for lack of time: published" in result.stdout
-    assert len(read_results(tmp_path)) == 1
+    assert result.returncode == 1
+    assert result.stdout.count("not started for lack of time") == 2
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 def test_a_variant_that_fails_does_not_stop_the_others(command, corpus, tmp_path):
@@ -76,8 +77,7 @@ def test_a_profile_names_the_parts_of_a_step(command, corpus, tmp_path):
     assert result.returncode == 0, result.stdout
     text = (tmp_path / "profile-recipe.txt").read_text()
     for part in ("forward", "backward", "optimizer"):
-        assert re.search(rf"of a step: .*{part} [\d.]+ ms", text), text
-    assert "3 blocks" in result.stdout or "model: 3 blocks" in text  # the knobs reached it
+        assert re.search(rf"of a step of 2048 tokens: .*{part} [\d.]+ ms", text), text
 
 
 def test_a_corpus_is_collected_without_doubles(tmp_path):
