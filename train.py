@@ -931,6 +931,7 @@ def train(run: Run) -> None:
         count_ngrams(run, model.ngrams)
     part = (NGRAM_PART if model.ngrams else 0, 1)  # of each shard, to train on
     loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed, part)
+
     run.status = "training"
     step, mean_loss, previous = 0, 0.0, None
     while (progress := run.progress()) < 1:

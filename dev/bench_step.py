@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from gpu_sitting import ROOT, load_train, parse_knob
+from gpu_sitting import ROOT, load_train, parse_knob, pass_on
 
 PROFILED = 4  # steps
 
@@ -152,8 +152,7 @@ def run_child(arguments: argparse.Namespace, path: Path, seed: int, *options: st
     """Train in a process of its own."""
     command = [sys.executable, __file__, "--child", path, *options]
     command += ["--steps", str(arguments.steps), "--seed", str(seed)]
-    command += [f"--corpus={arguments.corpus}"] * bool(arguments.corpus)
-    command += [f"--set={name}={value!r}" for name, value in arguments.set]
+    command += pass_on(arguments.corpus, dict(arguments.set))
     return json.loads(subprocess.check_output(command).splitlines()[-1])
 
 

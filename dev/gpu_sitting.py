@@ -20,6 +20,7 @@ of your own, its value a literal, without operators; --train takes another file.
 """
 
 import argparse
+import ast
 import hashlib
 import importlib.util
 import json
@@ -72,12 +73,12 @@ REFERENCE = {
 TUNED = {"coordinate_descent_tuning": True, "max_autotune_pointwise": True, "shape_padding": True}
 
 # The best published run on Hopper, but for its compiler options.
-PUBLISHED = {
-    "DEPTH": 8,
+PUBLISHED = REFERENCE | {
     "ASPECT_RATIO": 96,
-    "WINDOW_PATTERN": "SSSL",
     "SHORT_WINDOW": 1 / 8,
-    "SMEAR": (0.0, 0.0),
+    "ROTARY_BASE": 200_000,
+    "X0_LAMBDA": 0.05,
+    "MATRIX_INIT": 0.68,
     "QK_SCALE": 1.3,
     "VALUE_EVERY": 3,
     "GATE_CHANNELS": 128,
@@ -91,22 +92,13 @@ PUBLISHED = {
     "MUON_WARMUP": 0.04,  # 100 of 2478 steps
     "MUON_BETA2": 0.0,
     "HEAD_LR": 0.01,
+    "HEAD_DECAY": 0.01,
     "EMBEDDING_LR": 0.74,
+    "EMBEDDING_DECAY": 0.001,
     "VALUE_DECAY": 0.004,
     "WARMDOWN": 0.925,
     "FINAL_LR": 0.025,
 }
-PUBLISHED = (
-    REFERENCE
-    | PUBLISHED
-    | {
-        "ROTARY_BASE": 200_000,
-        "X0_LAMBDA": 0.05,
-        "MATRIX_INIT": 0.68,
-        "HEAD_DECAY": 0.01,
-        "EMBEDDING_DECAY": 0.001,
-    }
-)
 SMEAR = PUBLISHED | {"SMEAR": (0.25, 0.0)}
 
 VARIANTS = {
@@ -168,6 +160,17 @@ def load_train(path: Path, knobs: dict):
             raise SystemExit(f"{path} has no knob {name}")
         setattr(train, name, value)
     return train
+
+
+def choose_knobs(arguments: argparse.Namespace, name: str) -> dict:
+    """Return the knobs of a variant, with --small and --set in force."""
+    return VARIANTS[name] | (SMALL if arguments.small else {}) | dict(arguments.set)
+
+
+def pass_on(corpus: str | None, knobs: dict) -> list[str]:
+    """Return the options that give a child process its corpus and knobs."""
+    options = [f"--set={name}={value!r}" for name, value in knobs.items()]
+    return options + [f"--corpus={corpus}"] * bool(corpus)
 
 
 def train_variant(arguments: argparse.Namespace, knobs: dict) -> dict:
@@ -245,7 +248,7 @@ def print_table(results: list[dict]) -> None:
     print(flush=True)
 
 
-def compare(arguments: argparse.Namespace, knobs: dict) -> None:
+def compare(arguments: argparse.Namespace) -> None:
     """Train every variant with every seed, each in a process of its own, as long as time allows."""
     began, longest, missing = time.monotonic(), float(arguments.seconds), []
     log = arguments.out / "results.jsonl"
@@ -259,8 +262,7 @@ def compare(arguments: argparse.Namespace, knobs: dict) -> None:
             command = [sys.executable, __file__, "child", "--variants", name, "--seeds", str(seed)]
             command += ["--seconds", str(arguments.seconds), "--out", arguments.out]
             command += ["--train", arguments.train, *["--small"] * arguments.small]
-            command += [f"--corpus={arguments.corpus}"] * bool(arguments.corpus)
-            command += [f"--set={key}={value!r}" for key, value in knobs.items()]
+            command += pass_on(arguments.corpus, dict(arguments.set))
             print(f"{name}, seed {seed}", flush=True)
             with (arguments.out / "log.txt").open("a") as output:
                 print(f"\n{name}, seed {seed}", file=output, flush=True)
@@ -278,16 +280,15 @@ def compare(arguments: argparse.Namespace, knobs: dict) -> None:
         raise SystemExit("\n".join(["without a result:", *missing]))
 
 
-def profile(arguments: argparse.Namespace, knobs: dict) -> None:
+def profile(arguments: argparse.Namespace) -> None:
     """Write a profile of each variant, with its compile time, to a file."""
     for name in arguments.variants:
-        chosen = VARIANTS[name] | (SMALL if arguments.small else {}) | knobs
-        chosen.pop("AVERAGED_PART", None)
+        knobs = choose_knobs(arguments, name)
+        knobs.pop("AVERAGED_PART", None)
         with (arguments.out / f"profile-{name}.txt").open("w") as file:
             command = [sys.executable, ROOT / "dev/bench_step.py", "--steps", "16", "--turns", "0"]
-            command += ["--profile", *[f"--set={key}={value!r}" for key, value in chosen.items()]]
-            command += ["--train", arguments.train]
-            command += [f"--corpus={arguments.corpus}"] * bool(arguments.corpus)
+            command += ["--profile", "--train", arguments.train]
+            command += pass_on(arguments.corpus, knobs)
             status = subprocess.run(command, stdout=file, stderr=file).returncode
         text = Path(file.name).read_text().splitlines()
         print(f"{name}: {'failed' * bool(status)} {file.name}", *text[-24:], sep="\n", flush=True)
@@ -297,8 +298,6 @@ def profile(arguments: argparse.Namespace, knobs: dict) -> None:
 
 def parse_knob(text: str) -> tuple[str, object]:
     """Read KNOB=value, the value as Python writes it."""
-    import ast
-
     name, _, value = text.partition("=")
     return name, ast.literal_eval(value)
 
@@ -320,7 +319,6 @@ def main() -> None:
     parser.add_argument("--train", type=Path, default=ROOT / "train.py", help="another train.py")
     parser.add_argument("--small", action="store_true", help="a tiny model, for a try on a CPU")
     arguments = parser.parse_args()
-    knobs = dict(arguments.set)
     if arguments.piece == "collect":
         if not arguments.folder:
             parser.error("collect needs a FOLDER to write to")
@@ -331,15 +329,15 @@ def main() -> None:
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.piece == "child":
-        variant = VARIANTS[arguments.variants[0]] | (SMALL if arguments.small else {})
-        result = {"variant": arguments.variants[0], "seed": arguments.seeds[0]}
-        result |= {"seconds": arguments.seconds, **train_variant(arguments, variant | knobs)}
+        name = arguments.variants[0]
+        result = {"variant": name, "seed": arguments.seeds[0], "seconds": arguments.seconds}
+        result |= train_variant(arguments, choose_knobs(arguments, name))
         with (arguments.out / "results.jsonl").open("a") as file:
             file.write(json.dumps(result) + "\n")
     elif arguments.piece == "profile":
-        profile(arguments, knobs)
+        profile(arguments)
     else:
-        compare(arguments, knobs)
+        compare(arguments)
 
 
 if __name__ == "__main__":

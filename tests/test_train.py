@@ -499,7 +499,7 @@ def test_nothing_of_the_validation_text_reaches_a_table(tokenizer, monkeypatch):
     model = small_model(tokenizer.get_vocab_size(), length=256)
     train.count_ngrams(run, model.ngrams)
     in_training = set()
-    for part in ((0, 0.5), (0, 1)):  # document order, and what joins them, differ
+    for part in ((0, 0.5), (0, 1)):  # documents follow one another in another order
         in_training.update(contexts_of(train.read_text(run, part), 4))
     rows = torch.from_numpy(prepare.read_val_rows(tokenizer.corpus).astype(np.int64))
     unseen = torch.tensor([last not in in_training for last in contexts_of(rows, 4)])
