@@ -1,13 +1,16 @@
 """What an agent may do by itself at night: each command of program.md, and no near miss of one.
 
 Their rules are imitated here. Where the command lines are installed (npm install -g
-@anthropic-ai/claude-code @openai/codex), they decide themselves, too.
+@anthropic-ai/claude-code @openai/codex), they decide themselves, too. To try several versions of
+Claude Code, name their programs, with colons between them, in the variable CLAUDES.
 """
 
 import ast
+import contextlib
 import fnmatch
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -23,6 +26,7 @@ from harness import run
 
 SETTINGS = json.loads((ROOT / ".claude" / "overnight.json").read_text())
 RULES = ROOT / ".codex" / "rules" / "autoresearch.rules"
+CLAUDES = list(filter(None, os.environ.get("CLAUDES", shutil.which("claude") or "").split(":")))
 FILLED = {"<tag>": "nov25", "<commit>": "1234567"}
 
 
@@ -204,6 +208,8 @@ class ScriptedModel(BaseHTTPRequestHandler):
         results = [json.dumps(part["content"]) for part in parts if part["type"] == "tool_result"]
         self.server.first = self.server.first or json.dumps(body)
         self.server.results = results
+        if len(results) == len(self.server.calls):
+            self.server.finished.set()
         block, reason = {"type": "text", "text": ""}, "end_turn"
         delta = {"type": "text_delta", "text": "done"}
         if len(results) < len(self.server.calls):
@@ -261,48 +267,124 @@ tests/train.py
 ../elsewhere.py""".splitlines()
 
 
-@pytest.mark.skipif(
-    not shutil.which("claude"), reason="needs npm install -g @anthropic-ai/claude-code"
-)
-def test_claude_code_itself_decides_likewise(tmp_path):
-    clone, stub = tmp_path / "clone", tmp_path / "bin" / "uv"
-    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
-    shutil.copy(ROOT / ".claude" / "overnight.json", clone / ".claude")
-    stub.parent.mkdir()
-    stub.write_text(
-        "#!/bin/sh\necho uv $*\n"
-    )  # who decides is Claude Code; nothing has to be trained
-    stub.chmod(0o755)
-    (clone / "train.py").write_text("CAP = 15\n")
+READING = """cat train.py
+sed -n 1,20p harness/run.py
+grep -n "^#" dev/LOG.md | tail -3
+ls -la harness
+head -20 prepare.py
+tail -5 prepare.py
+wc -l train.py
+git diff
+cat ~/.cache/autoresearch/runs/1/run.json""".splitlines()
+WRITING = """sed -i s/a/b/ prepare.py
+sed -n 'w prepare.py' train.py
+sed -n '1e git push' train.py
+grep -n the train.py | tee prepare.py
+head -5 train.py >> prepare.py
+wc -l train.py 2> new.py
+sort -o prepare.py train.py
+find . -name run.py -delete
+cat <(git push)
+cp train.py prepare.py""".splitlines()
+
+
+def bash(command, **more):
+    return ["Bash", {"command": command, "description": "x"} | more]
+
+
+class Night:
+    """The README's line in a terminal, in a clone, with a model that asks for these calls."""
+
+    def __init__(self, claude, folder, uv):
+        self.claude, self.folder, self.clone = claude, folder, folder / "clone"
+        subprocess.run(["git", "clone", "-q", ROOT, self.clone], check=True)
+        shutil.copy(ROOT / ".claude" / "overnight.json", self.clone / ".claude")
+        stub = folder / "bin" / "uv"  # who decides is Claude Code; nothing has to be trained
+        stub.parent.mkdir()
+        stub.write_text(f"#!/bin/sh\n{uv}\n")
+        stub.chmod(0o755)
+
+    def run(self, calls):
+        """Return what each call was answered, and what the model was sent first."""
+        server = ThreadingHTTPServer(("127.0.0.1", 0), ScriptedModel)
+        server.calls, server.results, server.first = calls, [], ""
+        server.finished = threading.Event()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        trusted = {"projects": {str(self.clone): {"hasTrustDialogAccepted": True}}}
+        asked_before = {"customApiKeyResponses": {"approved": ["none"]}}
+        config = self.folder / "config"
+        config.mkdir()
+        (config / ".claude.json").write_text(
+            json.dumps({"hasCompletedOnboarding": True} | trusted | asked_before)
+        )
+        own = {
+            "CLAUDE_CONFIG_DIR": str(config),
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+            "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{server.server_port}",
+            "ANTHROPIC_API_KEY": "none",
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            "TERM": "xterm",
+        }
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("CLAUDE", "ANTHROPIC"))
+        }
+        lines = (ROOT / "README.md").read_text().splitlines()
+        line = next(line for line in lines if " claude --settings" in f" {line}")
+        exported, options = re.fullmatch("((?:[A-Z_]+=[^ ]+ )*)claude (.*)", line).groups()
+        own |= dict(word.split("=") for word in exported.split())
+        terminal, its_end = pty.openpty()
+        night = subprocess.Popen(
+            [self.claude, *shlex.split(options)],
+            cwd=self.clone,
+            env=inherited | own,
+            stdin=its_end,
+            stdout=its_end,
+            stderr=its_end,
+            start_new_session=True,
+        )
+        os.close(its_end)
+        screen = []
+        threading.Thread(target=self.watch, args=(terminal, screen), daemon=True).start()
+        finished = server.finished.wait(timeout=120)
+        night.terminate()
+        night.wait(timeout=20)
+        server.shutdown()
+        assert finished, (server.results[-1:], b"".join(screen)[-4000:])
+        return server.results, server.first
+
+    @staticmethod
+    def watch(terminal, screen):
+        with contextlib.suppress(OSError):  # the program has ended
+            while data := os.read(terminal, 65536):
+                screen.append(data)
+
+
+@pytest.fixture(params=CLAUDES or [None])
+def claude(request):
+    if request.param is None:
+        pytest.skip("needs npm install -g @anthropic-ai/claude-code")
+    return request.param
+
+
+def test_claude_code_itself_decides_likewise(claude, tmp_path):
+    night = Night(claude, tmp_path, uv="echo uv $*")
     knob = {"old_string": "CAP = 15", "new_string": "CAP = 16"}
-    near_misses = NEAR_MISSES + NEAR_MISSES_OF_CLAUDE
-    denied = [["Write", {"file_path": f"{clone}/{name}", "content": "x"}] for name in OTHER_FILES]
-    denied += [
-        ["Bash", {"command": command, "description": "x"}] for command in near_misses + COMPOUND
+    commands = NEAR_MISSES + NEAR_MISSES_OF_CLAUDE + COMPOUND + WRITING
+    denied = [
+        ["Write", {"file_path": f"{night.clone}/{name}", "content": "x"}] for name in OTHER_FILES
     ]
-    allowed = [["Bash", {"command": command, "description": "x"}] for command in COMMANDS]
+    denied += map(bash, commands)
+    allowed = list(map(bash, COMMANDS + READING))
     readable = ("prepare.py", "harness/run.py", "results.tsv", "train.py")
-    allowed += [["Read", {"file_path": f"{clone}/{name}"}] for name in readable]
-    allowed += [["Edit", {"file_path": f"{clone}/train.py"} | knob]]
-    server = ThreadingHTTPServer(("127.0.0.1", 0), ScriptedModel)
-    server.calls, server.results, server.first = denied + allowed, [], ""
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    own = {
-        "CLAUDE_CONFIG_DIR": str(tmp_path / "config"),
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-        "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{server.server_port}",
-        "ANTHROPIC_API_KEY": "none",
-        "PATH": f"{stub.parent}:{os.environ['PATH']}",
-    }
-    lines = (ROOT / "README.md").read_text().splitlines()
-    command, *flags, prompt = shlex.split(next(x for x in lines if x.startswith("claude ")))
-    options = {"cwd": clone, "env": os.environ | own, "check": True, "capture_output": True}
-    subprocess.run([command, "-p", *flags, prompt], timeout=300, **options)
-    server.shutdown()
-    assert len(server.results) == len(server.calls)
+    allowed += [["Read", {"file_path": f"{night.clone}/{name}"}] for name in readable]
+    train = {"file_path": f"{night.clone}/train.py"}
+    allowed += [["Write", train | {"content": "CAP = 15\n"}], ["Edit", train | knob]]
+    results, first = night.run(denied + allowed)
     denial = r"Permission to use \w+.* has been denied|denied by your permission settings"
-    for (tool, arguments), result in zip(server.calls, server.results, strict=True):
+    for (tool, arguments), result in zip(denied + allowed, results, strict=True):
         refused = re.search(denial, result)
         assert bool(refused) == ([tool, arguments] in denied), (tool, arguments, result)
-    assert (clone / "train.py").read_text() == "CAP = 16\n"
-    assert "# The research program" in server.first  # by .claude/CLAUDE.md, also when compacted
+    assert (night.clone / "train.py").read_text() == "CAP = 16\n"
+    assert "# The research program" in first  # by .claude/CLAUDE.md, also when compacted
