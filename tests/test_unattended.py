@@ -388,3 +388,22 @@ def test_claude_code_itself_decides_likewise(claude, tmp_path):
         assert bool(refused) == ([tool, arguments] in denied), (tool, arguments, result)
     assert (night.clone / "train.py").read_text() == "CAP = 16\n"
     assert "# The research program" in first  # by .claude/CLAUDE.md, also when compacted
+
+
+def test_claude_code_runs_nothing_in_the_background(claude, tmp_path):
+    log = tmp_path / "log"
+    night = Night(claude, tmp_path, uv=f"echo begin $* >> {log}; sleep 4; echo end $* >> {log}")
+    late, background, _ = night.run(
+        [
+            bash("uv run train.py", timeout=1000),
+            bash("uv run train.py --seed 43", run_in_background=True),
+            bash("uv run prepare.py"),  # ends after the first would have
+        ]
+    )[0]
+    assert "timed out" in late
+    assert "run_in_background" in background
+    assert log.read_text().splitlines() == [
+        "begin run train.py",
+        "begin run prepare.py",
+        "end run prepare.py",
+    ]
