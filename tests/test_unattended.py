@@ -276,6 +276,8 @@ tail -5 prepare.py
 wc -l train.py
 git diff
 cat ~/.cache/autoresearch/runs/1/run.json""".splitlines()
+LEAVING = """Agent SendMessage EnterPlanMode ExitPlanMode Monitor ScheduleWakeup CronCreate Workflow
+EnterWorktree WebFetch WebSearch""".split()
 WRITING = """sed -i s/a/b/ prepare.py
 sed -n 'w prepare.py' train.py
 sed -n '1e git push' train.py
@@ -388,6 +390,14 @@ def test_claude_code_itself_decides_likewise(claude, tmp_path):
         assert bool(refused) == ([tool, arguments] in denied), (tool, arguments, result)
     assert (night.clone / "train.py").read_text() == "CAP = 16\n"
     assert "# The research program" in first  # by .claude/CLAUDE.md, also when compacted
+
+
+def test_claude_code_offers_no_tool_that_leaves_the_loop(claude, tmp_path):
+    _, first = Night(claude, tmp_path, uv="true").run([bash("git status --short")])
+    deferred = re.findall(r"(?<=\\n)\w+(?=\\n)", first)  # listed by name, one a line
+    offered = {tool["name"] for tool in json.loads(first)["tools"]}.union(deferred)
+    assert {"Bash", "Edit", "Read"} <= offered
+    assert not offered.intersection(LEAVING)
 
 
 def test_claude_code_runs_nothing_in_the_background(claude, tmp_path):
