@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import threading
+import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -25,6 +26,7 @@ from test_contract import DOCUMENTED
 from harness import run
 
 SETTINGS = json.loads((ROOT / ".claude" / "overnight.json").read_text())
+CODEX = tomllib.loads((ROOT / ".codex" / "config.toml").read_text())
 RULES = ROOT / ".codex" / "rules" / "autoresearch.rules"
 CLAUDES = list(filter(None, os.environ.get("CLAUDES", shutil.which("claude") or "").split(":")))
 FILLED = {"<tag>": "nov25", "<commit>": "1234567"}
@@ -137,12 +139,13 @@ def test_claude_code_edits_train_py_and_nothing_else():
         )
 
 
-def test_a_command_of_claude_code_may_take_as_long_as_a_run():
+def test_a_command_may_take_as_long_as_a_run():
     page = (ROOT / "program.md").read_text()
     minutes = int(re.search(r"time limit of (\d+) minutes", page)[1])
     assert minutes * 60 > 2 * run.RUN_LIMIT  # training and evaluation have a limit each
     for name in ("BASH_DEFAULT_TIMEOUT_MS", "BASH_MAX_TIMEOUT_MS"):
         assert int(SETTINGS["env"][name]) == minutes * 60_000
+    assert CODEX["background_terminal_max_timeout"] == minutes * 60_000
 
 
 def test_the_contract_is_imported_for_claude_code():
@@ -187,6 +190,23 @@ def test_codex_itself_decides_likewise(command):
     check = ["codex", "execpolicy", "check", "--rules", RULES, *shlex.split(command)]
     output = subprocess.run(check, check=True, capture_output=True, text=True).stdout
     assert json.loads(output).get("decision") == codex_decision(command)
+
+
+@pytest.mark.skipif(not shutil.which("codex"), reason="needs npm install -g @openai/codex")
+@pytest.mark.parametrize("trust", ["trusted", "untrusted"])
+def test_codex_itself_shows_the_contract_in_a_trusted_folder(tmp_path, trust):
+    projects = f'projects={{"{ROOT}"={{trust_level="{trust}"}}}}'
+    shown = subprocess.run(
+        ["codex", "--config", projects, "debug", "prompt-input", "hello"],
+        cwd=ROOT,
+        env=os.environ | {"CODEX_HOME": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for line in ("# The research program", "program.md is your contract only if"):
+        assert (line in shown) == (trust == "trusted")
 
 
 class ScriptedModel(BaseHTTPRequestHandler):
