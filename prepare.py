@@ -48,8 +48,7 @@ def keep_books() -> int | None:
     if arguments.command == "audit":
         return audit.print_audit(arguments.words or ["results.tsv"])
     if arguments.command == "runs":
-        runs = record.read_runs()
-        runs = runs if arguments.all else record.own_runs(runs)
+        runs = record.read_runs() if arguments.all else record.own_runs(record.read_runs())
         return print(json.dumps(runs)) if arguments.json else record.print_runs(runs)
     return ledger.log(*arguments.words) if arguments.words else ledger.show()
 
@@ -70,6 +69,7 @@ import random
 import re
 import shlex
 import time
+import warnings
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -129,9 +129,15 @@ class Corpus:
         return cache_root() / "tokens" / f"{stem}-{tokens_key(self)[:12]}"
 
 
+@functools.cache
 def get_device() -> torch.device:
-    """Return the device that every run on this machine uses."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the device that every run on this machine uses. SystemExit if a GPU is unusable."""
+    try:
+        with warnings.catch_warnings(action="error"):
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    except UserWarning as why:
+        advice = "install a driver of branch 580 or newer, or set CUDA_VISIBLE_DEVICES= for the CPU"
+        raise SystemExit(f"this GPU can't be used: {why}. See `nvidia-smi`; {advice}") from None
 
 
 def choose_corpus(choice: str | None = None, num_shards: int | None = None) -> Corpus:
@@ -163,8 +169,8 @@ def say(line: str) -> None:
     print(line.encode("utf-8", "replace").decode(), flush=True)
 
 
-SMALL_HERE = os.environ.get("AUTORESEARCH_CORPUS") == "python" or not torch.cuda.is_available()
-MAX_SEQ_LEN = (SMALL if SMALL_HERE else LARGE)["seq_len"]  # tokens, for scripts that import it
+is_small = get_device().type == "cpu" or os.environ.get("AUTORESEARCH_CORPUS") == "python"
+MAX_SEQ_LEN = (SMALL if is_small else LARGE)["seq_len"]  # tokens, for scripts that import it
 
 # Download ---------------------------------------------------------------------------------------
 
@@ -188,8 +194,6 @@ def file_size(path: Path) -> int:
 def fetch(part: Path, url: str) -> None:
     """Append what `part` lacks of a shard. Raises one of FAILED unless it then is the hub's."""
     token, done = os.environ.get("HF_TOKEN", "").strip(), file_size(part)
-    if not re.fullmatch("[!-~]*", token):
-        raise SystemExit("HF_TOKEN holds a character that no token has: copy it again, or unset it")
     headers = {"Range": f"bytes={done}-", "Accept-Encoding": "identity"}
     headers |= {"Authorization": f"Bearer {token}"} if token else {}  # not sent on to another host
     os.environ["NETRC"] = os.devnull  # requests would send its passwords instead
@@ -565,11 +569,7 @@ def tokens_key(corpus: Corpus) -> str:
 def read_manifest(corpus: Corpus) -> dict[str, dict]:
     """Return {name: {"size": bytes, "sha256": hex}} of what is prepared; {} if unfinished."""
     path = corpus.directory / "manifest.json"
-    try:
-        return json.loads(path.read_text())["files"] if path.exists() else {}
-    except (ValueError, KeyError, TypeError) as error:
-        advice = f"delete it, then `{corpus.command}`"
-        raise SystemExit(f"{path} is damaged ({error!r}): {advice}") from None
+    return json.loads(path.read_text())["files"] if path.exists() else {}
 
 
 def file_names(corpus: Corpus) -> list[str]:
@@ -637,7 +637,7 @@ def harness_digest(corpus: Corpus) -> str:
     """
     files = read_manifest(corpus)
     made = [files[name]["sha256"] for name in file_names(corpus)]
-    settings = (corpus.name, corpus.vocab_size, corpus.seq_len)
+    settings = (corpus.name, corpus.vocab_size, corpus.seq_len, torch.__version__)
     return digest(JUDGE_SOURCES, settings, made)[:12]
 
 

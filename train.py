@@ -4,12 +4,15 @@ uv run train.py                        # the default corpus of this machine, see
 uv run train.py --corpus FOLDER        # your own text
 """
 
+import atexit
 import gc
 import logging
 import math
 import os
 import re
+import shlex
 import shutil
+import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import repeat
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages save page faults on a CPU
 
@@ -25,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.utils._triton import has_triton
 
 from harness.run import Run, training_run
 from prepare import get_device, make_dataloader, train_documents
@@ -91,25 +94,20 @@ COMPILE_OPTIONS = {} if CUDA else {"cpp.vec_isa_ok": True}
 
 # Device -------------------------------------------------------------------------------------------
 
-# Dense bf16 TFLOP/s with float32 sums, by a pattern of the device's name. Sources: datasheets of
-# NVIDIA and AMD, and NVIDIA's whitepapers on GA102, Ada and Blackwell.
+# Dense bf16 TFLOP/s with float32 sums, by a pattern of the device's name. Sources: NVIDIA's
+# datasheets, and its whitepapers on GA102, Ada and Blackwell.
 PEAK_TFLOPS = {
     r"A100\b": 312,
     r"H100 PCIe": 756,
     r"H[12]00 NVL": 835.5,
     r"(G?H200|H100)\b": 989.5,
     r"B200\b": 2250,
-    r"A10$": 125,
     r"L4$": 121,
     r"L40S$": 362,
     r"RTX 3090$": 71,
     r"RTX 4090$": 165.2,
     r"RTX 5090$": 209.5,
-    r"RTX 6000 Ada": 364.2,
-    r"RTX PRO 6000 Blackwell Max-Q": 438.9,
     r"RTX PRO 6000 Blackwell Workstation": 503.8,
-    r"MI250X$": 191.5,  # half of it: it shows as two devices
-    r"MI300X": 1307.4,
 }
 
 
@@ -126,24 +124,40 @@ def peak_flops(device: torch.device) -> float:
     return 0.0
 
 
+def set_up_compiler() -> None:
+    """Give torch.compile a folder, without what a process left there that was killed."""
+    visible = re.sub(r"\W", "_", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    folder = Path(tempfile.gettempdir(), f"autoresearch-{os.getuid()}-{visible}")
+    in_use = folder / "in_use"
+    if in_use.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    in_use.touch()
+    atexit.register(in_use.unlink, missing_ok=True)
+    tempfile.tempdir = os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+    from torch.utils import cpp_extension
+
+    # PyTorch 2.11 quotes only one of the two paths that it hands to the compiler.
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
+
+
 def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
-    """Return the dtype to compute in, whether to compile, and why."""
-    has_compiler = any(shutil.which(name) for name in ("gcc", "g++", "clang", "clang++"))
-    if device.type == "cuda":
-        if has_compiler and has_triton():
-            return torch.bfloat16, True, "a GPU"
-        return torch.bfloat16, False, "torch.compile needs Triton and a C compiler (gcc)"
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return torch.float32, False, "this CPU has no AVX512-BF16 or AMX"
-    if not has_compiler:
-        return torch.bfloat16, False, "torch.compile needs a C++ compiler (g++)"
-    return torch.bfloat16, True, "this CPU has bf16 instructions"
+    """Return the dtype to compute in, whether to compile, and why not, if it should."""
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device.type == "cpu" and not has_bf16:
+        return torch.float32, False, ""
+    try:
+        set_up_compiler()
+        torch.compile(torch.exp)(torch.ones(8, device=device))
+        return torch.bfloat16, True, ""
+    except Exception as error:  # no compiler, or one that can't write, link or load
+        seen = str(error).split("Output:\n")[-1].strip()  # what the compiler said, if anything
+        return torch.bfloat16, False, f"torch.compile does not work: {seen or error!r:.200}"
 
 
 # Attention ----------------------------------------------------------------------------------------
 
-BACKENDS = ("flash3", "flex", "sdpa", "matmul")
-FORCED_BACKEND = os.environ.get("AUTORESEARCH_ATTENTION")  # one of BACKENDS
 FLASH_KERNEL = {"repo_id": "kernels-community/flash-attn3", "revision": "v1"}  # on the kernel hub
 
 
@@ -239,16 +253,9 @@ def probe_attention(backend: str, device: torch.device, compiled: bool) -> None:
 
 
 def choose_attention(device: torch.device, compiled: bool) -> tuple[str, str]:
-    """Return one of BACKENDS, and why. Raises SystemExit if a forced one does not work."""
-    if FORCED_BACKEND:
-        try:
-            probe_attention(FORCED_BACKEND, device, compiled)
-        except Exception as error:
-            forced = f"AUTORESEARCH_ATTENTION={FORCED_BACKEND}"
-            raise SystemExit(f"{forced} does not work: {error!r:.200}") from None
-        return FORCED_BACKEND, "forced by AUTORESEARCH_ATTENTION"
+    """Return the best backend that works, and why no better one does."""
     if device.type == "cpu":
-        return "matmul", "the fastest on a CPU"
+        return "matmul", ""
 
     candidates = ["flex"] if compiled else []
     if torch.cuda.get_device_capability() == (9, 0):  # Hopper
@@ -257,7 +264,7 @@ def choose_attention(device: torch.device, compiled: bool) -> tuple[str, str]:
     for backend in candidates:
         try:
             probe_attention(backend, device, compiled)
-            return backend, "; ".join(problems) or "it computes what it should"
+            return backend, "; ".join(problems)
         except Exception as error:  # no network, no build for this PyTorch, a broken file
             problems.append(f"{backend} does not work: {error!r:.200}")
     return "sdpa", "; ".join(problems) or "FlexAttention needs torch.compile"
@@ -775,7 +782,6 @@ def check_knobs(length: int) -> None:
     require(sorted({0, *NGRAM_CONTEXTS}) == [0, *NGRAM_CONTEXTS], f"{NGRAM_CONTEXTS=} must ascend")
     matches = f"{NGRAM_MATCHES=} must be from 1 to the {len(NGRAM_CONTEXTS)} NGRAM_CONTEXTS"
     require(not NGRAM_CONTEXTS or 1 <= NGRAM_MATCHES <= len(NGRAM_CONTEXTS), matches)
-    require(NGRAM_CANDIDATES >= 1, f"{NGRAM_CANDIDATES=} must be at least 1")
     require(0 < NGRAM_PART < 1, f"{NGRAM_PART=} must be above 0 and below 1")
     require(MUON_WARMUP > 0, f"{MUON_WARMUP=} must be above 0")
 
@@ -785,9 +791,6 @@ def check_knobs(length: int) -> None:
     divides = TOTAL_BATCH_SIZE > 0 and TOTAL_BATCH_SIZE % tokens == 0
     rows = f"{DEVICE_BATCH_SIZE=} rows x {length} = {tokens} tokens"
     require(divides, f"{TOTAL_BATCH_SIZE=} must be a multiple of {rows}")
-
-    forced = f"AUTORESEARCH_ATTENTION={FORCED_BACKEND}"
-    require(FORCED_BACKEND in (None, "", *BACKENDS), f"{forced} must be one of {BACKENDS}")
 
 
 def train_step(model: nn.Module, optimizer: MuonAdamW, batches: list) -> Tensor:
@@ -887,10 +890,13 @@ def count_ngrams(run: Run, ngrams: NgramTables) -> None:
 def build_model(run: Run) -> tuple[GPT, bool]:
     """Return a model that suits the device, and whether to compile it; print what was chosen."""
     length = run.corpus.seq_len
-    dtype, compiled, why = choose_precision(run.device)
-    print(f"precision: {dtype}, {'' if compiled else 'not '}compiled ({why})")
-    backend, why = choose_attention(run.device, compiled)
-    print(f"attention: {backend} ({why})")
+    dtype, compiled, problem = choose_precision(run.device)
+    if problem:
+        run.fallbacks["not compiled"] = problem
+    backend, problem = choose_attention(run.device, compiled)
+    if problem:
+        run.fallbacks[f"attention {backend}"] = problem
+    print(f"precision: {dtype}, {'' if compiled else 'not '}compiled; attention: {backend}")
 
     vocab_size = run.tokenizer.get_vocab_size()
     config = Config(vocab_size, length, DEPTH, HEAD_DIM, ASPECT_RATIO, WINDOW_PATTERN)
@@ -920,8 +926,7 @@ def train(run: Run) -> None:
         print("mfu_percent: will be 0.00, as the peak of this device is unknown", flush=True)
     forward, optimizer, rows = fit_memory(run, model, compiled)
     micro_batches = TOTAL_BATCH_SIZE // (rows * length)
-    batch = f"{micro_batches} micro-batches of {rows} rows of {length}"
-    print(f"step: {TOTAL_BATCH_SIZE} tokens in {batch}", flush=True)
+    print(f"step: {micro_batches} micro-batches of {rows} rows of {length} tokens", flush=True)
 
     gc.collect()
     gc.disable()  # a collection takes longer than it is worth in five minutes

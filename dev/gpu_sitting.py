@@ -183,7 +183,7 @@ def train_variant(arguments: argparse.Namespace, knobs: dict) -> dict:
     averaged_part, average, count = knobs.pop("AVERAGED_PART", 0), [], 0
     train = load_train(arguments.train, knobs)
     if arguments.small:
-        train.choose_precision = lambda device: (torch.float32, False, "small")
+        train.choose_precision = lambda device: (torch.float32, False, "")
     prepare.TIME_BUDGET, result = arguments.seconds, {}
 
     class Sitting(harness.run.Run):

@@ -82,16 +82,16 @@ def last_run(ledger: Ledger) -> dict:
     """Return the newest run of this folder. SystemExit if there is none, or it is still running."""
     if not ledger.runs:
         raise SystemExit("nothing to log, no run here yet: `uv run train.py`")
-    if ledger.runs[-1]["status"] == "running":
-        raise SystemExit("a run is still running: wait for its summary, then log it")
-    return ledger.runs[-1]
+    run = ledger.runs[-1]
+    if run["status"] == "running":
+        raise SystemExit(f"process {run['pid']} still runs train.py: wait for its end, then log it")
+    return run
 
 
 def find_row(run: dict, ledger: Ledger) -> str:
     """Return the row that a run has, or its train.py, if that was kept."""
-    for other in ledger.logged:
-        is_kept = other["log"]["status"] == "keep"
-        if is_kept and other["train_sha256"] == run["train_sha256"]:
+    for other in record.find_kept(ledger.logged, ledger.branch):
+        if other["train_sha256"] == run["train_sha256"]:
             return other["log"]["row"]
     return run["log"].get("row")
 
@@ -116,12 +116,12 @@ def kept_commit(ledger: Ledger) -> str:
 
 def refuse_files(base: str) -> None:
     """Raise SystemExit if anything but train.py changed on the branch."""
-    others = ("--", ".", ":!results.tsv", ":!train.py")
+    others = ("--", ".", ":!results.tsv", ":!train.py", ":!uv.lock")  # uv rewrites its file
     committed = git("diff", "--name-only", base, "HEAD", *others).splitlines()
     changed = {*committed, *git("diff", "--name-only", base, *others).splitlines()}
     if changed:
         names = shlex.join(sorted(changed))
-        amend = "`git commit -a --amend --no-edit --allow-empty`, " if committed else ""
+        amend = "`git commit --amend --no-edit --allow-empty`, " if committed else ""
         undo = f"`git restore -s {base[:7]} -SW {names}`, {amend}log again"
         raise SystemExit(f"only train.py may change, but {names} did: {undo}")
     for name in LOCKED:  # git may have been told to overlook a change
@@ -148,21 +148,15 @@ def refuse_row(run: dict, status: str, ledger: Ledger) -> None:
         raise SystemExit(f"the last run has no val_bpb ({run['status']}): {advice}")
     is_left = head != train_kept or is_of(run, on_disk)
     if status != "keep" and is_left and not is_of(run, train_kept):
-        tip = f"refs/{ledger.branch}/ledger"  # the ledger's commit, where it has that train.py
-        commit = git("rev-parse", tip) if train_py(tip) == train_kept else kept
-        advice = f"`git reset --hard {commit[:7]}`, log again"
+        advice = f"`git reset --hard {kept[:7]}`, log again"
         raise SystemExit(f"the experiment is still in the branch: {advice}")
     refuse_files(ledger.base)
     if run["judge"] != record.digest(record.judge_sources()):
         raise SystemExit("the last run was judged by other code: `uv run train.py`")
-    kept_runs = [other for other in ledger.logged if other["log"]["status"] == "keep"]
-    best = kept_runs[-1] if kept_runs else run
-    if status != "crash" and not record.comparable(best, seeds[0]):
-        seen = f"{run['harness']} on {run['device']}, kept: {best['harness']} on {best['device']}"
-        advice = "use the same corpus and device, or `git checkout -b autoresearch/<tag> main`"
-        raise SystemExit(f"the last run does not compare with what was kept ({seen}): {advice}")
+    if status != "crash":
+        record.refuse_incomparable(run)
     if status == "keep" and not is_of(run, head):
-        back = '`git commit -am "<idea>"`' if is_of(run, on_disk) else back
+        back = '`git commit train.py -m "<idea>"`' if is_of(run, on_disk) else back
         raise SystemExit(f"HEAD has another train.py than the last run: {back}, log again")
     if status == "keep" and all(other["seed"] != SEED for other in seeds):
         raise SystemExit(f"a row needs the run with seed {SEED}: `uv run train.py`")

@@ -19,6 +19,7 @@ import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -185,14 +186,13 @@ def own_runs(runs: list[dict]) -> list[dict]:
 
 def print_runs(runs: list[dict]) -> None:
     """Print a table of runs, the newest last."""
-    print("begun", "commit", "seed", "status", "val_bpb", "steps", "row", sep="\t")
+    names = ("id", "commit", "seed", "status", "val_bpb", "num_steps", "lost_percent")
+    print(*names, "row", sep="\t")
     for run in runs:
-        value = f"{run['val_bpb']:.6f}" if "val_bpb" in run else ""
-        steps = f"{run['num_steps']:.0f}" if "num_steps" in run else ""
-        commit = run["commit"][:7] + "*" * (not run["train_committed"])
+        shown = run | {"commit": run["commit"][:7]}
         row = run["log"].get("row", "").split("\t")[3:]
-        print(run["time"], commit, run["seed"], run["status"], value, steps, *row, sep="\t")
-    print(f"* not committed; train.py and run.json of each run: {cache_root() / 'runs'}")
+        print(*(shown.get(name, "") for name in names), *row, sep="\t")
+    print(f"train.py and run.json of each: {cache_root() / 'runs'}")
 
 
 # Comparison -------------------------------------------------------------------------------------
@@ -205,22 +205,56 @@ class Value(NamedTuple):
     seeds: int
 
 
+class UnfitError(SystemExit):
+    """The machine or the settings are at fault, not train.py."""
+
+
+def is_disturbed(run: dict) -> bool:
+    """Return whether other work took too much of a run's time, or of its GPU."""
+    return run.get("disturbed", False)
+
+
 def comparable(run: dict, other: dict) -> bool:
     """Return whether the val_bpb of two runs compare."""
-    same = all(run[name] == other[name] for name in ("harness", "device"))
-    return same and other["status"] == "finished"
+    same_harness = run["harness"] == other["harness"]
+    return same_harness and run["device"] == other["device"]
 
 
 def find_comparable(run: dict, runs: list[dict]) -> list[dict]:
     """Return the finished runs that compare with a run."""
-    return [other for other in runs if comparable(run, other)]
+    return [other for other in runs if other["status"] == "finished" and comparable(run, other)]
+
+
+def find_kept(runs: list[dict], branch: str) -> list[dict]:
+    """Return the runs that a branch kept, in the order of their rows."""
+    kept = []
+    for run in runs:
+        entry = run["log"]
+        if entry.get("branch") == branch and entry["status"] == "keep":
+            kept.append(run)
+    return sorted(kept, key=lambda run: run["log"]["time"])
+
+
+def refuse_incomparable(run: dict) -> None:
+    """Raise UnfitError if a run does not compare with what its branch kept last."""
+    kept = find_kept(own_runs(read_runs()), git("branch", "--show-current", default=""))
+    if kept and not comparable(run, kept[-1]):
+        kept = f"{kept[-1]['harness']} on {kept[-1]['device']}"
+        seen = f"{run['harness']} on {run['device']}, kept: {kept}"
+        advice = "stop and report it, or begin anew: `git checkout -b autoresearch/<tag> main`"
+        raise UnfitError(f"this run does not compare with what was kept ({seen}): {advice}")
 
 
 def group_by_version(runs: list[dict]) -> dict[str, dict]:
-    """Return {train_sha256: {seed: val_bpb}}; of several runs of one seed the mean counts."""
+    """Return {train_sha256: {seed: val_bpb}}; of several runs of one seed the mean counts.
+
+    A disturbed run counts only while its seed has no other.
+    """
     values = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        values[run["train_sha256"]][run["seed"]].append(run["val_bpb"])
+    for run in sorted(runs, key=is_disturbed):
+        each = values[run["train_sha256"]][run["seed"]]
+        if not each or not is_disturbed(run):
+            each.append(run["val_bpb"])
     return {
         version: {seed: statistics.fmean(each) for seed, each in seeds.items()}
         for version, seeds in values.items()
@@ -236,11 +270,15 @@ def average(runs: list[dict]) -> dict[str, Value]:
 
 
 def estimate_noise(runs: list[dict]) -> float:
-    """Return the standard deviation between seeds, pooled over versions with several; 0 if none."""
-    versions = [list(seeds.values()) for seeds in group_by_version(runs).values()]
-    deviations = [value - statistics.fmean(each) for each in versions for value in each]
-    freedom = len(deviations) - len(versions)
-    return math.hypot(*deviations) / math.sqrt(freedom) if freedom else 0.0
+    """Return the standard deviation between seeds of one train.py; 0 if none has several.
+
+    It is that of a normal distribution with the median difference: one bad run does not spoil it.
+    """
+    versions = group_by_version([run for run in runs if not is_disturbed(run)]).values()
+    pairs = [pair for seeds in versions for pair in combinations(seeds.values(), 2)]
+    if not pairs:
+        return 0.0
+    return statistics.median(abs(a - b) for a, b in pairs) / 0.9539
 
 
 def noise_of_difference(noise: float, one: Value, other: Value) -> float:
@@ -254,19 +292,16 @@ def describe_value(run: dict) -> dict[str, str]:
     The noise is that of all runs that compare; values are those of this folder's own runs.
     """
     runs, branch = read_runs(), git("branch", "--show-current", default="")
-    own = own_runs(runs)
-    this = run["train_sha256"]
-    values = average(find_comparable(run, own))
-    kept, lines = {}, {}
-    for other in own:
-        entry, version = other["log"], other["train_sha256"]
-        if entry.get("branch") == branch and entry["status"] == "keep" and version in values:
-            kept[version] = entry["commit"][:7]
+    own, this = own_runs(runs), run["train_sha256"]
+    values, lines = average(find_comparable(run, own)), {}
+    kept = {other["train_sha256"]: other["log"]["commit"][:7] for other in find_kept(own, branch)}
+    if is_disturbed(run):
+        lines["disturbed"] = f"other work took {run['lost_percent']} % of its time: run it again"
     if noise := estimate_noise(find_comparable(run, runs)):
         lines["noise"] = f"{noise:.6f} (standard deviation between seeds)"
-    if not kept or this not in values:  # a full disk may have kept this run off the record
+    best = min(kept.keys() & values.keys(), key=values.get, default=None)
+    if not best or this not in values:  # a full disk may have kept this run off the record
         return lines
-    best = min(kept, key=values.get)
     lines["best_kept"] = f"{values[best].mean:.6f} ({kept[best]}, seeds: {values[best].seeds})"
     if this != best:
         difference = values[this].mean - values[best].mean

@@ -23,10 +23,13 @@ from torch import nn
 
 import prepare
 from harness import record
-from harness.record import ROOT, SEED
+from harness.record import ROOT, SEED, UnfitError
 
+PAUSE = 5  # seconds in which not even a waiting thread ran: the process stood still
 GRACE_SECONDS = 15  # that the last step may take beyond the budget, and finish() after stop()
 RUN_LIMIT = 600  # seconds until a run ends itself; its evaluation has another 600
+MAX_LOST = 5  # per cent of the budget; a run that loses more to other work is disturbed
+MAX_OTHERS = 2 * 2**30  # bytes of a GPU that are not this process's; CUDA itself takes 2^29
 DEVICE_LOCK = "/tmp/autoresearch-%s.lock"  # shared by all users and cache folders of a machine
 
 ORDER = "call start(), stop() and finish() once each, in this order"
@@ -48,6 +51,15 @@ def limit_time(file: TextIO) -> None:
     faulthandler.dump_traceback_later(RUN_LIMIT + 1, exit=True, file=file)  # and into the record
 
 
+def waited_seconds() -> float:
+    """Return how long this thread and machine waited for a processor so far; only Linux counts."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        nanoseconds = int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+        stolen = int(Path("/proc/stat").read_text().split()[8]) / os.sysconf("SC_CLK_TCK")
+        return nanoseconds / 1e9 + stolen / os.cpu_count()  # stolen: by other virtual machines
+    return 0.0
+
+
 @dataclass
 class Run:
     """What train.py gets: start(), then what changes the weights, then stop(), then finish()."""
@@ -57,8 +69,12 @@ class Run:
     device: torch.device
     seed: int
     traceback_file: TextIO
+    entry: dict = field(default_factory=dict)  # its record
+    fallbacks: dict[str, str] = field(default_factory=dict)  # what does not work here, and why
     launched: float = field(default_factory=time.perf_counter)
     started: float = 0.0
+    waited: float = 0.0  # seconds, until the start
+    paused: float = 0.0  # seconds of training in which the process stood still
     seconds: float = 0.0  # of training
     status: str = "starting"  # shown while the run lasts
     weights: str = ""  # their digest at the end of training
@@ -66,20 +82,28 @@ class Run:
 
     @torch.no_grad()
     def start(self, model: nn.Module) -> None:
-        """Start the budget. Raises ValueError if the model has learned before."""
+        """Start the budget. Raises ValueError if the model has learned before.
+
+        Raises SystemExit if the run would not compare with what its branch kept.
+        """
         require(not self.started, ORDER)
-        vocab_size, losses = self.tokenizer.get_vocab_size(), []
+        vocab_size = self.tokenizer.get_vocab_size()
         rows = torch.from_numpy(prepare.read_val_rows(self.corpus)[:8].astype(np.int64))
         with prepare.evaluating(model):
-            for row in rows[:, None]:  # one at a time takes little memory
-                losses.append(prepare.compute_losses(model, row[:, :-1], row[:, 1:], vocab_size, 0))
-        loss, uniform = torch.cat(losses).mean().item(), np.log(vocab_size)
+            losses = prepare.compute_losses(model, rows[:, :-1], rows[:, 1:], vocab_size, 0)
+        loss, uniform = losses.mean().item(), np.log(vocab_size)
         seen = f"its loss is {loss:.2f} nats, that of an untrained one {uniform:.2f}"
         require(loss > uniform - 0.5, f"the model has learned before start(): {seen}")
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        self.started = time.perf_counter()
+        for name, why in self.fallbacks.items():
+            print(f"FALLBACK, which makes this run slower: {name} ({why})", flush=True)
+        if self.entry:
+            self.entry["device"] = ", ".join([self.entry["device"], *self.fallbacks])
+            record.refuse_incomparable(self.entry)
+            record.write_run(self.entry)  # what fails now would fail after the five minutes
+        self.waited, self.started = waited_seconds(), time.perf_counter()
 
     def progress(self) -> float:
         """Return the part of the budget that is used, 0 to 1, without waiting for the device."""
@@ -91,9 +115,18 @@ class Run:
             torch.cuda.synchronize()
         require(self.started and not self.weights, ORDER)
         self.seconds = time.perf_counter() - self.started
+        lost = waited_seconds() - self.waited
+        time.sleep(0.5)  # until show_status() has seen a pause that is just over
         self.weights = digest_weights(model)
-        seen = f"training took {self.seconds:.0f} s instead of {prepare.TIME_BUDGET}"
-        require(self.seconds <= prepare.TIME_BUDGET + GRACE_SECONDS, f"{seen}: make steps smaller")
+        trained = self.seconds - self.paused
+        seen = f"training took {trained:.0f} s instead of {prepare.TIME_BUDGET}"
+        require(trained <= prepare.TIME_BUDGET + GRACE_SECONDS, f"{seen}: make steps smaller")
+        percent, others = 100 * (lost + self.paused) / self.seconds, 0
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            others = total - free - torch.cuda.memory_reserved()
+        is_disturbed = percent > MAX_LOST or others > MAX_OTHERS
+        self.entry |= {"disturbed": is_disturbed, "lost_percent": round(percent, 1)}
         limit_time(self.traceback_file)  # the evaluation has a limit of its own
 
     def finish(
@@ -136,15 +169,23 @@ def digest_weights(model: nn.Module) -> str:
 
 @contextlib.contextmanager
 def show_status(run: Run) -> Iterator[None]:
-    """Show what a run is doing: live on a terminal, elsewhere a line every half minute."""
+    """Show what a run is doing: live on a terminal, elsewhere a line every half minute.
+
+    It also notices when the process stands still.
+    """
     done, start, live = threading.Event(), time.perf_counter(), sys.stdout.isatty()
     clear = "\r\033[K" if live else ""
 
     def show() -> None:
-        while not done.wait(0.2 if live else 30):
-            line = f"{run.status} ({time.perf_counter() - start:.0f} s)"
-            width = os.get_terminal_size().columns - 1 if live else None
-            print(clear + line[:width], end="" if live else "\n", flush=True)
+        shown = last = start
+        while not done.wait(0.2):
+            last, gap = time.perf_counter(), time.perf_counter() - last
+            if gap > PAUSE and run.started and not run.weights:
+                run.paused += gap
+            if live or last - shown > 30:
+                shown, line = last, f"{run.status} ({last - start:.0f} s)"
+                width = os.get_terminal_size().columns - 1 if live else None
+                print(clear + line[:width], end="" if live else "\n", flush=True)
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
@@ -156,18 +197,43 @@ def show_status(run: Run) -> Iterator[None]:
         print(clear, end="", flush=True)
 
 
+@contextlib.contextmanager
+def ignore_errors() -> Iterator[None]:
+    """Go on after an error of the system."""
+    with contextlib.suppress(OSError):
+        yield
+
+
+def outlive_reader() -> None:
+    """Let the run go on when nobody reads its output any more, or its terminal is gone."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        stream.write = ignore_errors()(stream.write)
+        stream.flush = ignore_errors()(stream.flush)
+
+
+def find_device() -> tuple[torch.device, str, str]:
+    """Return the device, a name that only those of its kind share, and what identifies it."""
+    device = prepare.get_device()
+    if device.type == "cuda":
+        uuid = torch.cuda.get_device_properties(0).uuid
+        return device, torch.cuda.get_device_name(), uuid
+    level = torch.backends.cpu.get_cpu_capability()
+    kind = record.digest(dict(torch.cpu.get_capabilities()))[:4]  # name, instructions and caches
+    return device, f"cpu ({os.cpu_count()} cores, {level}, {kind})", "cpu"
+
+
 def new_record(source: bytes, device: str, seed: int) -> dict:
-    """Return the record of a run that begins now."""
+    """Return the record of a run that begins now. SystemExit if git can't read its repository."""
+    no_git = None if (ROOT / ".git").exists() else ""
     in_head = record.git("show", "HEAD:./train.py", default="")
-    committed = in_head == source.decode(errors="replace").strip()
-    commit = "" if committed else record.git("stash", "create", default="")  # on no branch
+    is_committed = in_head == source.decode(errors="replace").strip()
+    commit = "" if is_committed else record.git("stash", "create", default="")  # on no branch
     return {
         "id": record.new_id(),
         "status": "running",
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "repository": str(ROOT),
-        "commit": commit or record.git("rev-parse", "HEAD", default=""),
-        "train_committed": committed,
+        "commit": commit or record.git("rev-parse", "HEAD", default=no_git),
         "train_sha256": hashlib.sha256(source).hexdigest(),
         "judge": record.digest(prepare.JUDGE_SOURCES),
         "seed": seed,
@@ -188,9 +254,10 @@ def keep_record(entry: dict, run: Run) -> Iterator[None]:
         entry |= {name: float(value) for name, value in run.summary.items()}
         entry["status"] = "finished"
     except BaseException as error:
-        entry["status"] = "stopped" if isinstance(error, KeyboardInterrupt) else "crash"
+        blameless = isinstance(error, KeyboardInterrupt | UnfitError)
+        entry["status"] = "stopped" if blameless else "crash"
         entry["traceback"] = "".join(traceback.format_exception(error)).splitlines()[-20:]
-        if entry["status"] == "stopped":
+        if isinstance(error, KeyboardInterrupt):
             raise SystemExit(f"stopped while {run.status}") from None
         if isinstance(error, SystemExit) and not error.code:
             raise SystemExit("no val_bpb: train.py ended without run.finish()") from None
@@ -214,10 +281,9 @@ def training_run(description: str | None) -> Iterator[Run]:
     prepare.add_corpus_arguments(parser)
     parser.add_argument("--seed", metavar="N", type=int, default=SEED, help=f"default: {SEED}")
     arguments, source = parser.parse_args(), (ROOT / "train.py").read_bytes()
-    device = prepare.get_device()
-    name, device_id = f"cpu ({torch.backends.cpu.get_cpu_capability()})", "cpu"
-    if device.type == "cuda":
-        name, device_id = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).uuid
+    outlive_reader()
+    os.environ.setdefault("LOGNAME", str(os.getuid()))  # PyTorch wants a name, some users have none
+    device, name, device_id = find_device()
     advice = "two runs at once can't be compared; wait for it"
     entry = new_record(source, name, arguments.seed)
     with record.file_lock(Path(DEVICE_LOCK % device_id), advice, wait=False):
@@ -231,7 +297,7 @@ def training_run(description: str | None) -> Iterator[Run]:
             set_seed(arguments.seed)
         entry["harness"] = prepare.harness_digest(corpus)
         with record.create_run(entry, source) as file:
-            run = Run(corpus, prepare.Tokenizer(corpus), device, arguments.seed, file)
+            run = Run(corpus, prepare.Tokenizer(corpus), device, arguments.seed, file, entry)
             limit_time(file)
             with keep_record(entry, run), show_status(run):
                 yield run

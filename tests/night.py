@@ -22,7 +22,7 @@ BRANCH = "autoresearch/nov25"
 
 RUN = "uv run train.py"
 SEEDS = (f"{RUN} --seed 43", f"{RUN} --seed 44")
-COMMIT = 'git commit -am "<the idea in one line>"'
+COMMIT = 'git commit train.py -m "<the idea in one line>"'
 RESET = "git reset --hard HEAD~1"
 BASELINE = 'uv run prepare.py log keep "baseline"'
 KEEP, DISCARD = (f'uv run prepare.py log {word} "<what was tried>"' for word in ("keep", "discard"))

@@ -48,7 +48,6 @@ METADATA = {
 @pytest.fixture(autouse=True)
 def knobs(monkeypatch):
     monkeypatch.setattr(train, "HEAD_DIM", 64)
-    monkeypatch.setattr(train, "FORCED_BACKEND", None)
 
 
 # backends
@@ -223,24 +222,6 @@ def test_a_gpu_takes_the_first_backend_that_works(
     assert "\n" not in why
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "matmul"])
-def test_the_environment_forces_a_backend(monkeypatch, backend):
-    monkeypatch.setattr(train, "FORCED_BACKEND", backend)
-    assert train.choose_attention(CPU, compiled=False)[0] == backend
-
-
-def test_a_forced_backend_that_does_not_work_is_refused_in_one_line(monkeypatch, local_kernel):
-    local_kernel(source="def broken(")
-    for backend, reason in (("flash3", "SyntaxError"), ("flex", "backward")):
-        monkeypatch.setattr(train, "FORCED_BACKEND", backend)
-        with pytest.raises(SystemExit) as refusal:
-            train.choose_attention(CPU, compiled=False)
-        line = str(refusal.value)
-        assert line.startswith(f"AUTORESEARCH_ATTENTION={backend} does not work: ")
-        assert reason in line
-        assert "\n" not in line
-
-
 # the hub
 
 
@@ -332,7 +313,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def chooser():
-    prefixes = ("HF_", "LOCAL_KERNELS", "AUTORESEARCH_ATTENTION")
+    prefixes = ("HF_", "LOCAL_KERNELS")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(prefixes)}
     command = [sys.executable, "-c", CHOOSER]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -37,7 +37,7 @@ def test_every_command_of_program_md_works_in_a_night(tmp_path, cache, by_uv):
     do(COMMIT)
     assert "ZeroDivisionError" in do(RUN, fails=True)
     night.edit(FAILS)
-    do("git commit -a --amend --no-edit")
+    do("git commit train.py --amend --no-edit")
     do(RUN, fails=True)
     do(RESET, CRASH)
     assert do("uv run prepare.py runs").count("an idea") == 3

@@ -271,7 +271,7 @@ def test_a_ledger_changed_by_hand_is_as_it_was_logged_after_the_next_log(night, 
     by_hand = "1234567\t0.100000\t0.0\tkeep\tby hand\n"
     ledger.write_text(ledger.read_text().replace("keep", "discard") + by_hand)
     if commit:
-        night.must("git commit -a --amend --no-edit")
+        night.must("git commit train.py --amend --no-edit")
     night.carry_on(KEEP)
     night.verify()
 
@@ -376,7 +376,7 @@ def test_without_a_run_there_is_nothing_to_log(night):
 def test_an_uncommitted_edit_is_committed_before_it_is_kept(night):
     night.edit()
     night.must(RUN)
-    assert '`git commit -am "<idea>"`' in night.carry_on(KEEP)
+    assert '`git commit train.py -m "<idea>"`' in night.carry_on(KEEP)
     night.verify()
     assert night.rows[-1][:7] == night.git("rev-parse", "HEAD~1")[:7]
 
@@ -409,7 +409,7 @@ def test_another_file_is_restored_before_the_run_is_logged(night, committed):
     (night.clone / "Müll und mehr.txt").write_text("x")
     night.git("add", "Müll und mehr.txt")
     if committed:
-        night.must("git commit -a --amend --no-edit")
+        night.must("git commit train.py --amend --no-edit")
     night.must(RUN)
     seen = night.carry_on(KEEP)
     assert re.search(r"only train\.py may change, but 'Müll und mehr\.txt' program\.md did", seen)
@@ -421,7 +421,7 @@ def test_a_file_that_was_committed_and_removed_is_taken_out_of_the_branch(night)
     night.back_to("better committed")
     (night.clone / "layers.py").write_text("WIDTH = 1\n")
     night.git("add", "layers.py")
-    night.must("git commit -a --amend --no-edit", RUN)
+    night.must("git commit train.py --amend --no-edit", RUN)
     (night.clone / "layers.py").unlink()
     night.carry_on(KEEP)
     night.verify()
@@ -452,19 +452,28 @@ def test_a_run_by_another_judge_has_no_row_beside_those_of_this_one(night):
     night.back_to("better committed")
     with (night.clone / "prepare.py").open("a") as file:
         file.write("MAX_LEAK = 9\n")
-    night.must(RUN, "git restore -s main -SW prepare.py")
-    night.refused(KEEP, "the last run was judged by other code: `uv run train.py`")
-    night.carry_on(KEEP)
+    assert "does not compare with what was kept" in night.do(RUN)[1]
+    night.must("git restore -s main -SW prepare.py", RUN, KEEP)
     night.verify()
     assert len({run["harness"] for run in night.runs() if run["log"]}) == 1
 
 
+def test_a_baseline_by_another_judge_is_refused(night):
+    night.back_to("branched")
+    with (night.clone / "prepare.py").open("a") as file:
+        file.write("MAX_LEAK = 9\n")
+    night.must(RUN, "git restore -s main -SW prepare.py")
+    night.refused(BASELINE, "the last run was judged by other code: `uv run train.py`")
+    night.must(RUN, BASELINE)
+    night.verify()
+
+
 def test_a_run_of_another_corpus_has_no_row_beside_those_of_this_one(night):
     night.back_to("better committed")
-    night.must(f"{RUN} --corpus {commands.TEXT.parent / 'isomorphism'}")
-    night.refused(KEEP, "does not compare with what was kept")
-    night.must(RUN)
-    night.must(KEEP)
+    text = night.do(f"{RUN} --corpus {commands.TEXT.parent / 'isomorphism'}")[1]
+    assert "does not compare with what was kept" in text
+    assert night.statuses()[-1] == ("stopped", 42)
+    night.must(RUN, KEEP)
     night.verify()
 
 
@@ -506,7 +515,7 @@ def test_a_run_that_goes_on_is_not_logged(night):
     text = night.do(CRASH)[1]
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
-    assert "a run is still running: wait for its summary, then log it" in text
+    assert f"process {run.pid} still runs train.py: wait for its end, then log it" in text
     night.must(RESET, CRASH)
     night.verify()
 
@@ -635,8 +644,9 @@ def test_a_record_that_can_not_be_read_is_passed_over_and_said(night):
 def test_runs_are_a_table_of_this_folder_or_of_all(night):
     lines = night.must("uv run prepare.py runs").splitlines()
     assert len(lines) == 9
-    assert lines[0].split() == "begun commit seed status val_bpb steps row".split()
-    assert re.match(r"\S+\s+\w{7}\s+42\s+finished\s+\d\.\d{6}\s+\d+\s+keep\s+an idea", lines[4])
+    assert lines[0].split() == "id commit seed status val_bpb num_steps lost_percent row".split()
+    finished = r"\S+\s+\w{7}\s+42\s+finished\s+\d\.\d+\s+[\d.]+\s+[\d.]+\s+keep\s+an idea"
+    assert re.match(finished, lines[4])
     assert re.match(r"\S+\s+\w{7}\s+42\s+timeout\s+crash\s+an idea", lines[7])
     for path in (night.cache / "runs").iterdir():
         run = json.loads((path / "run.json").read_text())

@@ -55,7 +55,6 @@ KNOBS = {
     "ADAM_EPS": 1e-10,
     "WARMDOWN": 0.5,
     "FINAL_LR": 0.0,
-    "FORCED_BACKEND": None,
 }
 
 
@@ -949,8 +948,6 @@ def test_a_gpu_with_too_little_memory_gets_smaller_micro_batches(tokenizer, monk
         ("NGRAM_CONTEXTS", (0, 2), r"NGRAM_CONTEXTS=\(0, 2\) must ascend"),
         ("NGRAM_PART", 1.0, "NGRAM_PART=1.0 must be above 0 and below 1"),
         ("NGRAM_MATCHES", 4, "NGRAM_MATCHES=4 must be from 1 to the 3 NGRAM_CONTEXTS"),
-        ("NGRAM_CANDIDATES", 0, "NGRAM_CANDIDATES=0 must be at least 1"),
-        ("FORCED_BACKEND", "flash2", "AUTORESEARCH_ATTENTION=flash2 must be one of .*flash3"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_by_its_name(monkeypatch, knob, value, message):

@@ -269,7 +269,7 @@ uv run train.py 2>&1 | tee run.log
 uv run train.py && git push
 uv run train.py; rm -rf .git
 git log --oneline -5 && git push
-git commit -am "$(git push)"
+git commit train.py -m "$(git push)"
 git show autoresearch/nov25/1234567 > prepare.py
 cat train.py > prepare.py""".splitlines()
 OTHER_FILES = """prepare.py
