@@ -133,7 +133,8 @@ class Corpus:
 def get_device() -> torch.device:
     """Return the device that every run on this machine uses. SystemExit if a GPU is unusable."""
     try:
-        with warnings.catch_warnings(action="error"):
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+        with warnings.catch_warnings(action="ignore" if hidden else "error"):
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     except UserWarning as why:
         advice = "install a driver of branch 580 or newer, or set CUDA_VISIBLE_DEVICES= for the CPU"
@@ -175,9 +176,7 @@ MAX_SEQ_LEN = (SMALL if is_small else LARGE)["seq_len"]  # tokens, for scripts t
 # Download ---------------------------------------------------------------------------------------
 
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # between tries that bring nothing: outlasts a minute
-STREAM = {"stream": True, "timeout": 30}  # seconds
 FAILED = (requests.RequestException, ValueError, KeyError)  # no URL at all; a hub without size
-BYTES = {"unit": "B", "unit_scale": True, "disable": None}  # no bar but on a terminal
 
 
 def shard_url(name: str) -> str:
@@ -197,7 +196,7 @@ def fetch(part: Path, url: str) -> None:
     headers = {"Range": f"bytes={done}-", "Accept-Encoding": "identity"}
     headers |= {"Authorization": f"Bearer {token}"} if token else {}  # not sent on to another host
     os.environ["NETRC"] = os.devnull  # requests would send its passwords instead
-    with requests.get(url, headers=headers, **STREAM) as answer:
+    with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
         linked = [r.headers for r in (*answer.history, answer) if "X-Linked-ETag" in r.headers]
         if not linked and (answer.ok or answer.status_code in (401, 403, 404, 416)):
             seen = f"{url} answered {answer.status_code} without size and sha256 of a shard"
@@ -207,7 +206,8 @@ def fetch(part: Path, url: str) -> None:
         size, sha256 = int(linked[0]["X-Linked-Size"]), linked[0]["X-Linked-ETag"].strip('"')
         if answer.status_code != 416:
             resumed = answer.status_code == 206  # else everything is sent
-            bar = tqdm(desc=part.stem, total=size, initial=done * resumed, **BYTES)
+            bar = tqdm(None, part.stem, size, unit="B", unit_scale=True, disable=None)
+            bar.update(done * resumed)
             with part.open("ab" if resumed else "wb") as file, bar:
                 for block in answer.iter_content(2**16):
                     bar.update(file.write(block))
@@ -669,7 +669,7 @@ def read_val_rows(corpus: Corpus) -> np.ndarray:
 
 
 def make_dataloader(
-    tokenizer: Tokenizer, B: int, T: int, split: str, seed: int = SEED, part: tuple = (0, 1)
+    tokenizer: Tokenizer, B: int, T: int, split: str, seed: int = SEED, part=(0, 1)
 ) -> Iterator[tuple]:
     """Yield (x, y, epoch) for ever: inputs and targets, int64 (B, T), on the device.
 

@@ -152,8 +152,9 @@ def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
         torch.compile(torch.exp)(torch.ones(8, device=device))
         return torch.bfloat16, True, ""
     except Exception as error:  # no compiler, or one that can't write, link or load
-        seen = str(error).split("Output:\n")[-1].strip()  # what the compiler said, if anything
-        return torch.bfloat16, False, f"torch.compile does not work: {seen or error!r:.200}"
+        text = f"Output:\n{type(error).__name__}: {error}"
+        *_, reason = re.findall(r"Output:\n(.+)", text)  # that of the compiler, if there is any
+        return torch.bfloat16, False, f"torch.compile does not work: {reason:.200}"
 
 
 # Attention ----------------------------------------------------------------------------------------
