@@ -152,8 +152,8 @@ def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
         torch.compile(torch.exp)(torch.ones(8, device=device))
         return torch.bfloat16, True, ""
     except Exception as error:  # no compiler, or one that can't write, link or load
-        text = f"Output:\n{type(error).__name__}: {error}"
-        *_, reason = re.findall(r"Output:\n(.+)", text)  # that of the compiler, if there is any
+        # What the compiler put out, if anything, else the error itself.
+        *_, reason = re.findall(r"Output:\n(.+)", f"Output:\n{type(error).__name__}: {error}")
         return torch.bfloat16, False, f"torch.compile does not work: {reason:.200}"
 
 

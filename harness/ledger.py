@@ -145,7 +145,8 @@ def refuse_row(run: dict, status: str, ledger: Ledger) -> None:
         advice = "`uv run train.py`" if is_of(run, on_disk) else f"{back}, `uv run train.py`"
         if run["status"] in ("crash", "timeout"):
             advice = "log crash instead"
-        raise SystemExit(f"the last run has no val_bpb ({run['status']}): {advice}")
+        status = run["status"].replace("killed", "killed by somebody, or for lack of memory")
+        raise SystemExit(f"the last run has no val_bpb ({status}): {advice}")
     is_left = head != train_kept or is_of(run, on_disk)
     if status != "keep" and is_left and not is_of(run, train_kept):
         advice = f"`git reset --hard {kept[:7]}`, log again"

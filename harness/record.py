@@ -296,7 +296,8 @@ def describe_value(run: dict) -> dict[str, str]:
     values, lines = average(find_comparable(run, own)), {}
     kept = {other["train_sha256"]: other["log"]["commit"][:7] for other in find_kept(own, branch)}
     if is_disturbed(run):
-        lines["disturbed"] = f"other work took {run['lost_percent']} % of its time: run it again"
+        lost = f"{run['lost_percent']} % of its time, or part of its GPU"
+        lines["disturbed"] = f"other work took {lost}: run it again"
     if noise := estimate_noise(find_comparable(run, runs)):
         lines["noise"] = f"{noise:.6f} (standard deviation between seeds)"
     best = min(kept.keys() & values.keys(), key=values.get, default=None)

@@ -207,6 +207,8 @@ def ignore_errors() -> Iterator[None]:
 def outlive_reader() -> None:
     """Let the run go on when nobody reads its output any more, or its terminal is gone."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  it may be closed
+    sys.stderr = sys.stderr or sys.stdout
     for stream in (sys.stdout, sys.stderr):
         stream.write = ignore_errors()(stream.write)
         stream.flush = ignore_errors()(stream.flush)

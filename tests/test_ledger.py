@@ -490,7 +490,10 @@ def test_a_killed_run_is_run_again(night):
     night.must(COMMIT)
     assert night.do(RUN)[0] == -9
     night.must(RESET)
-    assert "the last run has no val_bpb (killed): `git reset --hard" in night.carry_on(KEEP)
+    assert (
+        "the last run has no val_bpb (killed by somebody, or for lack of memory): `git reset --hard"
+        in night.carry_on(KEEP)
+    )
     night.verify()
 
 

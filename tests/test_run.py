@@ -453,6 +453,25 @@ def test_the_noise_is_the_median_difference_of_all_versions_with_several_seeds(a
     assert "best_kept" not in lines
 
 
+def test_a_disturbed_run_counts_only_while_its_seed_has_no_other(add):
+    add(1.00, "a", 1, "keep")
+    add(3.00, "a", 2, disturbed=True, lost_percent=30.0)
+    assert add(0.9, "b")["best_kept"].startswith("2.000000")
+    add(1.20, "a", 2)
+    add(9.00, "a", 2, disturbed=True, lost_percent=30.0)
+    add(1.40, "a", 2)
+    lines = add(0.9, "b", 43)
+    assert lines["best_kept"].startswith("1.150000")
+    assert lines["noise"].startswith(f"{0.15 / 0.9539:.6f}")  # 0.3 and 0.0, and no disturbed run
+
+
+def test_one_bad_run_does_not_spoil_the_noise(add):
+    for version in "abc":
+        for seed in (1, 2, 3):
+            add(1.0 + 0.01 * seed + 3.0 * (version == "b" and seed == 3), version, seed)
+    assert add(0.9, "d")["noise"].startswith(f"{0.01 / 0.9539:.6f}")
+
+
 def test_a_version_is_compared_with_the_best_one_that_this_branch_kept(add):
     best = add(1.00, "a", 1, "keep")["commit"]
     add(0.98, "a", 2)
