@@ -69,7 +69,6 @@ import random
 import re
 import shlex
 import time
-import warnings
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -131,14 +130,8 @@ class Corpus:
 
 @functools.cache
 def get_device() -> torch.device:
-    """Return the device that every run on this machine uses. SystemExit if a GPU is unusable."""
-    try:
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-        with warnings.catch_warnings(action="ignore" if hidden else "error"):
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    except UserWarning as why:
-        advice = "install a driver of branch 580 or newer, or set CUDA_VISIBLE_DEVICES= for the CPU"
-        raise SystemExit(f"this GPU can't be used: {why}. See `nvidia-smi`; {advice}") from None
+    """Return the device that every run on this machine uses."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def choose_corpus(choice: str | None = None, num_shards: int | None = None) -> Corpus:
@@ -176,6 +169,7 @@ MAX_SEQ_LEN = (SMALL if is_small else LARGE)["seq_len"]  # tokens, for scripts t
 # Download ---------------------------------------------------------------------------------------
 
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # between tries that bring nothing: outlasts a minute
+STREAM = {"stream": True, "timeout": 30}  # seconds
 FAILED = (requests.RequestException, ValueError, KeyError)  # no URL at all; a hub without size
 
 
@@ -193,10 +187,12 @@ def file_size(path: Path) -> int:
 def fetch(part: Path, url: str) -> None:
     """Append what `part` lacks of a shard. Raises one of FAILED unless it then is the hub's."""
     token, done = os.environ.get("HF_TOKEN", "").strip(), file_size(part)
+    if not re.fullmatch("[!-~]*", token):
+        raise SystemExit("HF_TOKEN holds a character that no token has: copy it again, or unset it")
     headers = {"Range": f"bytes={done}-", "Accept-Encoding": "identity"}
     headers |= {"Authorization": f"Bearer {token}"} if token else {}  # not sent on to another host
     os.environ["NETRC"] = os.devnull  # requests would send its passwords instead
-    with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
+    with requests.get(url, headers=headers, **STREAM) as answer:
         linked = [r.headers for r in (*answer.history, answer) if "X-Linked-ETag" in r.headers]
         if not linked and (answer.ok or answer.status_code in (401, 403, 404, 416)):
             seen = f"{url} answered {answer.status_code} without size and sha256 of a shard"
@@ -569,7 +565,11 @@ def tokens_key(corpus: Corpus) -> str:
 def read_manifest(corpus: Corpus) -> dict[str, dict]:
     """Return {name: {"size": bytes, "sha256": hex}} of what is prepared; {} if unfinished."""
     path = corpus.directory / "manifest.json"
-    return json.loads(path.read_text())["files"] if path.exists() else {}
+    try:
+        return json.loads(path.read_text())["files"] if path.exists() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        advice = f"delete it, then `{corpus.command}`"
+        raise SystemExit(f"{path} is damaged ({error!r}): {advice}") from None
 
 
 def file_names(corpus: Corpus) -> list[str]:

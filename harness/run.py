@@ -5,6 +5,7 @@ import faulthandler
 import hashlib
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -32,6 +33,7 @@ MAX_LOST = 5  # per cent of the budget; a run that loses more to other work is d
 MAX_OTHERS = 2 * 2**30  # bytes of a GPU that are not this process's; CUDA itself takes 2^29
 DEVICE_LOCK = "/tmp/autoresearch-%s.lock"  # shared by all users and cache folders of a machine
 
+NO_GPU = "no NVIDIA driver|No CUDA GPUs|not compiled with CUDA"  # PyTorch's words
 ORDER = "call start(), stop() and finish() once each, in this order"
 WEIGHTS = "weights or buffers changed after stop(), or forward() changes them"
 
@@ -215,8 +217,17 @@ def outlive_reader() -> None:
 
 
 def find_device() -> tuple[torch.device, str, str]:
-    """Return the device, a name that only those of its kind share, and what identifies it."""
+    """Return the device, a name that only those of its kind share, and what identifies it.
+
+    Raises SystemExit for a GPU that can't be used, as with an old driver: PyTorch only warns.
+    """
     device = prepare.get_device()
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as why:
+        if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and not re.search(NO_GPU, str(why)):
+            advice = "update the driver (580 or newer), or set CUDA_VISIBLE_DEVICES= for the CPU"
+            raise SystemExit(f"this GPU can't be used: {why}. {advice}") from None
     if device.type == "cuda":
         uuid = torch.cuda.get_device_properties(0).uuid
         return device, torch.cuda.get_device_name(), uuid

@@ -215,17 +215,16 @@ int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="needs gcc")
-@pytest.mark.parametrize("words", [["prepare.py", "check"], ["train.py", "--help"]])
-def test_a_gpu_whose_driver_is_too_old_ends_a_command_with_what_to_do(tmp_path, words):
-    (tmp_path / "driver.c").write_text(OLD_DRIVER)
-    library = [tmp_path / "libcuda.so.1", tmp_path / "driver.c"]
+def test_a_gpu_whose_driver_is_too_old_ends_a_command_with_what_to_do(night):
+    (night.path / "driver.c").write_text(OLD_DRIVER)
+    library = [night.path / "libcuda.so.1", night.path / "driver.c"]
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", *library], check=True)
-    environment = environ(LD_LIBRARY_PATH=tmp_path)
+    environment = environ(**night.environ, LD_LIBRARY_PATH=night.path)
     del environment["CUDA_VISIBLE_DEVICES"]
-    command = [sys.executable, *words]
-    result = subprocess.run(command, cwd=ROOT, env=environment, **TEXT)
+    result = subprocess.run(PYTHON, cwd=night.clone, env=environment, **TEXT)
     assert result.returncode == 1
     assert "driver on your system is too old (found version 12040)" in result.stdout
     assert "or set CUDA_VISIBLE_DEVICES= for the CPU" in result.stdout
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    assert "driver" not in subprocess.run(command, cwd=ROOT, env=environment, **TEXT).stdout
+    assert subprocess.run(PYTHON, cwd=night.clone, env=environment, **TEXT).returncode == 0
+    assert night.statuses() == [("finished", 42)]

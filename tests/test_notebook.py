@@ -102,10 +102,8 @@ class Night:
         record = {
             "id": f"{self.clock:%Y%m%d-%H%M%S-%f}-1",
             "status": "crash",
-            "time": f"{self.clock:%Y-%m-%dT%H:%M:%SZ}",
             "repository": str(self.clone),
             "commit": git(self.clone, "rev-parse", "HEAD"),
-            "train_committed": True,
             "train_sha256": hashlib.sha256(source).hexdigest(),
             "judge": self.judge.strip(),
             "harness": "0123456789ab",
@@ -151,7 +149,7 @@ def seen(execute, night):
 
 def test_the_finding_and_the_totals_of_a_night_are_shown(seen):
     assert "finding 5 experiments, 3 kept, 1.3000 → 1.2800\n" in seen
-    assert "noise 0.001581, the standard deviation between seeds\n" in seen
+    assert "noise 0.002097, the standard deviation between seeds\n" in seen
     assert "runs 9 in 2.0 hours, 4.5 an hour\n" in seen
     assert "tokens 40.8M\n" in seen
     assert "memory 1.4 GiB first kept, 1.4 GiB last kept\n" in seen
@@ -160,8 +158,8 @@ def test_the_finding_and_the_totals_of_a_night_are_shown(seen):
 
 def test_each_keep_is_judged_against_the_noise_of_its_difference(seen):
     assert " 1.300000 3 first baseline (3 seeds)\n" in seen
-    assert " 1.280000 3 +0.020000 +15.49 better wider (3 seeds)\n" in seen
-    assert " 1.280500 1 -0.000500 -0.27 within the noise better with (9 seeds)\n" in seen
+    assert " 1.280000 3 +0.020000 +11.68 better wider (3 seeds)\n" in seen
+    assert " 1.280500 1 -0.000500 -0.21 within the noise better with (9 seeds)\n" in seen
 
 
 def test_the_hours_are_under_the_experiments(seen):
@@ -180,7 +178,7 @@ def test_a_keep_that_is_worse_by_more_than_the_noise_is_called_so(execute, night
     row = "a1b2c3d\t1.400000\t1.4\tkeep\thopeful\n"
     (tmp_path / "ledger.tsv").write_text((night.clone / "results.tsv").read_text() + row)
     seen = execute(tmp_path / "ledger.tsv", night.cache)
-    assert "1.400000 1 -0.120000 -65.73 worse hopeful\n" in seen
+    assert "1.400000 1 -0.120000 -49.57 worse hopeful\n" in seen
     assert "5 of 6 rows have their run on record" in seen
 
 
@@ -213,7 +211,7 @@ def test_jupyter_execute_inplace_leaves_all_readable_as_plain_text(night):
     finally:
         git(night.clone, "checkout", "-q", "analysis.ipynb")
     assert "finding 5 experiments, 3 kept, 1.3000 → 1.2800\n" in seen
-    assert " 1.280000 3 +0.020000 +15.49 better wider (3 seeds)\n" in seen
+    assert " 1.280000 3 +0.020000 +11.68 better wider (3 seeds)\n" in seen
     assert "no faults" in seen
     assert (night.clone / "progress.png").read_bytes().startswith(b"\x89PNG")
 
