@@ -163,8 +163,8 @@ def say(line: str) -> None:
     print(line.encode("utf-8", "replace").decode(), flush=True)
 
 
-is_small = get_device().type == "cpu" or os.environ.get("AUTORESEARCH_CORPUS") == "python"
-MAX_SEQ_LEN = (SMALL if is_small else LARGE)["seq_len"]  # tokens, for scripts that import it
+IS_SMALL = get_device().type == "cpu" or os.environ.get("AUTORESEARCH_CORPUS") == "python"
+MAX_SEQ_LEN = (SMALL if IS_SMALL else LARGE)["seq_len"]  # tokens, for scripts that import it
 
 # Download ---------------------------------------------------------------------------------------
 
@@ -202,8 +202,8 @@ def fetch(part: Path, url: str) -> None:
         size, sha256 = int(linked[0]["X-Linked-Size"]), linked[0]["X-Linked-ETag"].strip('"')
         if answer.status_code != 416:
             resumed = answer.status_code == 206  # else everything is sent
-            bar = tqdm(None, part.stem, size, unit="B", unit_scale=True, disable=None)
-            bar.update(done * resumed)
+            bar = tqdm(desc=part.stem, total=size, initial=done * resumed, disable=None)
+            bar.unit, bar.unit_scale = "B", True
             with part.open("ab" if resumed else "wb") as file, bar:
                 for block in answer.iter_content(2**16):
                     bar.update(file.write(block))
@@ -686,7 +686,7 @@ def make_dataloader(
         expected = f"train, or val with T up to {corpus.seq_len}"
         raise ValueError(f"split {split!r}, T {T}: expected {expected}")
 
-    def next_batch() -> tuple:
+    def next_batch():
         picked, epochs = zip(*itertools.islice(rows, B), strict=True)
         batch = torch.from_numpy(np.stack(picked).view(np.int16))  # ids are below 2^15
         return batch.pin_memory() if device.type == "cuda" else batch, epochs[-1]

@@ -124,10 +124,10 @@ def peak_flops(device: torch.device) -> float:
     return 0.0
 
 
-def set_up_compiler() -> None:
-    """Give torch.compile a folder, without what a process left there that was killed."""
-    visible = re.sub(r"\W", "_", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    folder = Path(tempfile.gettempdir(), f"autoresearch-{os.getuid()}-{visible}")
+def set_up_compiler(device: torch.device) -> None:
+    """Give torch.compile a folder, and discard what a killed process left in it."""
+    name = torch.cuda.get_device_properties(device).uuid if CUDA else "cpu"
+    folder = Path(tempfile.gettempdir(), f"autoresearch-{os.getuid()}-{name}")
     in_use = folder / "in_use"
     if in_use.exists():
         shutil.rmtree(folder)
@@ -148,7 +148,7 @@ def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
     if device.type == "cpu" and not has_bf16:
         return torch.float32, False, ""
     try:
-        set_up_compiler()
+        set_up_compiler(device)
         torch.compile(torch.exp)(torch.ones(8, device=device))
         return torch.bfloat16, True, ""
     except Exception as error:  # no compiler, or one that can't write, link or load

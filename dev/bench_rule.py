@@ -4,7 +4,8 @@ uv run dev/bench_rule.py                 # 300 nights of each kind
 uv run dev/bench_rule.py --bad 0.05      # with bad runs
 
 A night starts with three seeds of a baseline and tries a hundred ideas. A run shows the truth plus
-noise of standard deviation 1; one run in --bad is worse by 20, as if other work had gone unnoticed.
+noise of standard deviation 1; a part --bad of the runs is worse by 20, as if other work had gone
+unnoticed.
 The noise is estimated from what was run with several seeds: as harness/record.py does it, from the
 median difference, or pooled, from all squares. Printed are false keeps and true gains.
 """

@@ -36,11 +36,11 @@ def check_run(run: dict, before: list[dict], runs: list[dict]) -> list[str]:
 
 def check_keep(run: dict, before: list[dict], runs: list[dict]) -> list[str]:
     """Compare a keep with the best one before it: less than the noise worse may be simpler."""
-    value = record.average(find_seeds(run, runs))[run["train_sha256"]]
+    value = record.average(find_seeds(run, runs)).get(run["train_sha256"])
     noise = record.estimate_noise(record.find_comparable(run, runs))
     kept = record.find_kept(before, run["log"]["branch"])
     values = record.average([seed for other in kept for seed in find_seeds(other, runs)])
-    if not noise or not values:
+    if not (noise and value and values):
         return []
     best = min(values.values())
     scale = record.noise_of_difference(noise, value, best)

@@ -116,9 +116,10 @@ def kept_commit(ledger: Ledger) -> str:
 
 def refuse_files(base: str) -> None:
     """Raise SystemExit if anything but train.py changed on the branch."""
-    others = ("--", ".", ":!results.tsv", ":!train.py", ":!uv.lock")  # uv rewrites its file
+    others = ("--", ".", ":!results.tsv", ":!train.py")
     committed = git("diff", "--name-only", base, "HEAD", *others).splitlines()
-    changed = {*committed, *git("diff", "--name-only", base, *others).splitlines()}
+    edited = git("diff", "--name-only", base, *others, ":!uv.lock").splitlines()  # uv edits its own
+    changed = {*committed, *edited}
     if changed:
         names = shlex.join(sorted(changed))
         amend = "`git commit --amend --no-edit --allow-empty`, " if committed else ""
@@ -145,8 +146,9 @@ def refuse_row(run: dict, status: str, ledger: Ledger) -> None:
         advice = "`uv run train.py`" if is_of(run, on_disk) else f"{back}, `uv run train.py`"
         if run["status"] in ("crash", "timeout"):
             advice = "log crash instead"
-        status = run["status"].replace("killed", "killed by somebody, or for lack of memory")
-        raise SystemExit(f"the last run has no val_bpb ({status}): {advice}")
+        status = run["status"].replace("killed", "killed from outside, or out of memory")
+        why = "".join(run.get("traceback", [""])[-1:])[:200]
+        raise SystemExit(f"the last run has no val_bpb ({status}): {advice}. {why}".strip())
     is_left = head != train_kept or is_of(run, on_disk)
     if status != "keep" and is_left and not is_of(run, train_kept):
         advice = f"`git reset --hard {kept[:7]}`, log again"

@@ -191,7 +191,9 @@ def print_runs(runs: list[dict]) -> None:
     for run in runs:
         shown = run | {"commit": run["commit"][:7]}
         row = run["log"].get("row", "").split("\t")[3:]
-        print(*(shown.get(name, "") for name in names), *row, sep="\t")
+        cells = [shown.get(name, "") for name in names]
+        cells = [f"{cell:.7g}" if isinstance(cell, float) else cell for cell in cells]
+        print(*cells, *row, sep="\t")
     print(f"train.py and run.json of each: {cache_root() / 'runs'}")
 
 
@@ -241,17 +243,17 @@ def refuse_incomparable(run: dict) -> None:
     if kept and not comparable(run, kept[-1]):
         kept = f"{kept[-1]['harness']} on {kept[-1]['device']}"
         seen = f"{run['harness']} on {run['device']}, kept: {kept}"
-        advice = "stop and report it, or begin anew: `git checkout -b autoresearch/<tag> main`"
+        advice = "take the same corpus and device and undo what changed, or stop and report it"
         raise UnfitError(f"this run does not compare with what was kept ({seen}): {advice}")
 
 
 def group_by_version(runs: list[dict]) -> dict[str, dict]:
     """Return {train_sha256: {seed: val_bpb}}; of several runs of one seed the mean counts.
 
-    A disturbed run counts only while its seed has no other.
+    A disturbed run counts only while its seed has none that is less disturbed.
     """
     values = defaultdict(lambda: defaultdict(list))
-    for run in sorted(runs, key=is_disturbed):
+    for run in sorted(runs, key=lambda run: (is_disturbed(run), run.get("lost_percent", 0))):
         each = values[run["train_sha256"]][run["seed"]]
         if not each or not is_disturbed(run):
             each.append(run["val_bpb"])
@@ -272,10 +274,15 @@ def average(runs: list[dict]) -> dict[str, Value]:
 def estimate_noise(runs: list[dict]) -> float:
     """Return the standard deviation between seeds of one train.py; 0 if none has several.
 
-    It is that of a normal distribution with the median difference: one bad run does not spoil it.
+    It is that of a normal distribution with the median difference of two seeds: one bad run does
+    not spoil it. Of a single version with three seeds it is a third too large on average.
+    Disturbed runs count only if there are no others.
     """
-    versions = group_by_version([run for run in runs if not is_disturbed(run)]).values()
-    pairs = [pair for seeds in versions for pair in combinations(seeds.values(), 2)]
+    clean = [run for run in runs if not is_disturbed(run)]
+    for chosen in (clean, runs):
+        versions = group_by_version(chosen).values()
+        if pairs := [pair for seeds in versions for pair in combinations(seeds.values(), 2)]:
+            break
     if not pairs:
         return 0.0
     return statistics.median(abs(a - b) for a, b in pairs) / 0.9539
@@ -296,8 +303,8 @@ def describe_value(run: dict) -> dict[str, str]:
     values, lines = average(find_comparable(run, own)), {}
     kept = {other["train_sha256"]: other["log"]["commit"][:7] for other in find_kept(own, branch)}
     if is_disturbed(run):
-        lost = f"{run['lost_percent']} % of its time, or part of its GPU"
-        lines["disturbed"] = f"other work took {lost}: run it again"
+        seen = f"{run['lost_percent']} % of its time, {run['shared_gib']} GiB of its GPU"
+        lines["disturbed"] = f"other work took {seen}: run it again"
     if noise := estimate_noise(find_comparable(run, runs)):
         lines["noise"] = f"{noise:.6f} (standard deviation between seeds)"
     best = min(kept.keys() & values.keys(), key=values.get, default=None)

@@ -7,13 +7,14 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -30,7 +31,7 @@ PAUSE = 5  # seconds in which not even a waiting thread ran: the process stood s
 GRACE_SECONDS = 15  # that the last step may take beyond the budget, and finish() after stop()
 RUN_LIMIT = 600  # seconds until a run ends itself; its evaluation has another 600
 MAX_LOST = 5  # per cent of the budget; a run that loses more to other work is disturbed
-MAX_OTHERS = 2 * 2**30  # bytes of a GPU that are not this process's; CUDA itself takes 2^29
+MAX_SHARED = 2  # GiB of a GPU's memory; a run beside which others hold more is disturbed
 DEVICE_LOCK = "/tmp/autoresearch-%s.lock"  # shared by all users and cache folders of a machine
 
 NO_GPU = "no NVIDIA driver|No CUDA GPUs|not compiled with CUDA"  # PyTorch's words
@@ -46,19 +47,16 @@ def require(holds: object, message: str) -> None:
         raise ValueError(message)
 
 
-def limit_time(file: TextIO) -> None:
-    """End the process RUN_LIMIT seconds from now, even in a call that never returns."""
-    faulthandler.register(signal.SIGALRM, all_threads=True)  # tracebacks to stderr,
-    signal.setitimer(signal.ITIMER_REAL, RUN_LIMIT)
-    faulthandler.dump_traceback_later(RUN_LIMIT + 1, exit=True, file=file)  # and into the record
-
-
 def waited_seconds() -> float:
-    """Return how long this thread and machine waited for a processor so far; only Linux counts."""
+    """Return how long a thread of this process has waited for a core so far, on average.
+
+    The time that a hypervisor took counts too. Only Linux tells; elsewhere it is 0.
+    """
     with contextlib.suppress(OSError, IndexError, ValueError):
-        nanoseconds = int(Path("/proc/thread-self/schedstat").read_text().split()[1])
         stolen = int(Path("/proc/stat").read_text().split()[8]) / os.sysconf("SC_CLK_TCK")
-        return nanoseconds / 1e9 + stolen / os.cpu_count()  # stolen: by other virtual machines
+        threads = [path.read_text() for path in Path("/proc/self/task").glob("*/schedstat")]
+        waited = sum(int(text.split()[1]) for text in threads) / 1e9
+        return waited / torch.get_num_threads() + stolen / os.cpu_count()
     return 0.0
 
 
@@ -71,13 +69,15 @@ class Run:
     device: torch.device
     seed: int
     traceback_file: TextIO
-    entry: dict = field(default_factory=dict)  # its record
+    before_start: Callable = bool  # raises what is in the way of five minutes
     fallbacks: dict[str, str] = field(default_factory=dict)  # what does not work here, and why
     launched: float = field(default_factory=time.perf_counter)
     started: float = 0.0
     waited: float = 0.0  # seconds, until the start
     paused: float = 0.0  # seconds of training in which the process stood still
     seconds: float = 0.0  # of training
+    lost_percent: float = 0.0  # of it, to other work
+    shared_gib: float = 0.0  # of the GPU's memory, that other processes hold
     status: str = "starting"  # shown while the run lasts
     weights: str = ""  # their digest at the end of training
     summary: dict[str, str] = field(default_factory=dict)
@@ -89,11 +89,12 @@ class Run:
         Raises SystemExit if the run would not compare with what its branch kept.
         """
         require(not self.started, ORDER)
-        vocab_size = self.tokenizer.get_vocab_size()
+        vocab_size, losses = self.tokenizer.get_vocab_size(), []
         rows = torch.from_numpy(prepare.read_val_rows(self.corpus)[:8].astype(np.int64))
         with prepare.evaluating(model):
-            losses = prepare.compute_losses(model, rows[:, :-1], rows[:, 1:], vocab_size, 0)
-        loss, uniform = losses.mean().item(), np.log(vocab_size)
+            for row in rows[:, None]:  # one at a time takes little memory
+                losses.append(prepare.compute_losses(model, row[:, :-1], row[:, 1:], vocab_size, 0))
+        loss, uniform = torch.cat(losses).mean().item(), np.log(vocab_size)
         seen = f"its loss is {loss:.2f} nats, that of an untrained one {uniform:.2f}"
         require(loss > uniform - 0.5, f"the model has learned before start(): {seen}")
         if self.device.type == "cuda":
@@ -101,10 +102,7 @@ class Run:
             torch.cuda.reset_peak_memory_stats()
         for name, why in self.fallbacks.items():
             print(f"FALLBACK, which makes this run slower: {name} ({why})", flush=True)
-        if self.entry:
-            self.entry["device"] = ", ".join([self.entry["device"], *self.fallbacks])
-            record.refuse_incomparable(self.entry)
-            record.write_run(self.entry)  # what fails now would fail after the five minutes
+        self.before_start()
         self.waited, self.started = waited_seconds(), time.perf_counter()
 
     def progress(self) -> float:
@@ -117,19 +115,20 @@ class Run:
             torch.cuda.synchronize()
         require(self.started and not self.weights, ORDER)
         self.seconds = time.perf_counter() - self.started
-        lost = waited_seconds() - self.waited
+        lost, weights = waited_seconds() - self.waited, digest_weights(model)
         time.sleep(0.5)  # until show_status() has seen a pause that is just over
-        self.weights = digest_weights(model)
-        trained = self.seconds - self.paused
-        seen = f"training took {trained:.0f} s instead of {prepare.TIME_BUDGET}"
-        require(trained <= prepare.TIME_BUDGET + GRACE_SECONDS, f"{seen}: make steps smaller")
-        percent, others = 100 * (lost + self.paused) / self.seconds, 0
-        if self.device.type == "cuda":
+        self.weights = weights
+        seen = f"training took {self.seconds:.0f} s instead of {prepare.TIME_BUDGET}"
+        if self.seconds > prepare.TIME_BUDGET + GRACE_SECONDS and self.paused:
+            raise UnfitError(f"{seen}, for the process stood still: run it again")
+        require(self.seconds <= prepare.TIME_BUDGET + GRACE_SECONDS, f"{seen}: make steps smaller")
+        self.lost_percent = round(100 * (lost + self.paused) / self.seconds, 1)
+        if self.device.type == "cuda" and not torch.cuda.get_device_properties(0).is_integrated:
             free, total = torch.cuda.mem_get_info()
-            others = total - free - torch.cuda.memory_reserved()
-        is_disturbed = percent > MAX_LOST or others > MAX_OTHERS
-        self.entry |= {"disturbed": is_disturbed, "lost_percent": round(percent, 1)}
-        limit_time(self.traceback_file)  # the evaluation has a limit of its own
+            others = total - free - torch.cuda.memory_reserved()  # CUDA itself takes half a GiB
+            self.shared_gib = round(others / 2**30, 1)
+        # The evaluation has a limit of its own.
+        faulthandler.dump_traceback_later(RUN_LIMIT, exit=True, file=self.traceback_file)
 
     def finish(
         self, model: nn.Module, batch_size: int, steps: int, tokens: int, depth: int, mfu: float
@@ -179,14 +178,15 @@ def show_status(run: Run) -> Iterator[None]:
     clear = "\r\033[K" if live else ""
 
     def show() -> None:
-        shown = last = start
+        shown, last, cpu = start, start, time.process_time()
         while not done.wait(0.2):
             last, gap = time.perf_counter(), time.perf_counter() - last
-            if gap > PAUSE and run.started and not run.weights:
+            cpu, used = time.process_time(), time.process_time() - cpu
+            if gap > PAUSE and used < gap / 10 and run.started and not run.weights:
                 run.paused += gap
             if live or last - shown > 30:
                 shown, line = last, f"{run.status} ({last - start:.0f} s)"
-                width = os.get_terminal_size().columns - 1 if live else None
+                width = shutil.get_terminal_size().columns - 1 if live else None
                 print(clear + line[:width], end="" if live else "\n", flush=True)
 
     thread = threading.Thread(target=show, daemon=True)
@@ -201,7 +201,7 @@ def show_status(run: Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ignore_errors() -> Iterator[None]:
-    """Go on after an error of the system."""
+    """Continue after an OSError."""
     with contextlib.suppress(OSError):
         yield
 
@@ -210,14 +210,14 @@ def outlive_reader() -> None:
     """Let the run go on when nobody reads its output any more, or its terminal is gone."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  it may be closed
-    sys.stderr = sys.stderr or sys.stdout
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         stream.write = ignore_errors()(stream.write)
         stream.flush = ignore_errors()(stream.flush)
 
 
 def find_device() -> tuple[torch.device, str, str]:
-    """Return the device, a name that only those of its kind share, and what identifies it.
+    """Return the device, a name that only identical devices share, and what identifies it.
 
     Raises SystemExit for a GPU that can't be used, as with an old driver: PyTorch only warns.
     """
@@ -231,14 +231,15 @@ def find_device() -> tuple[torch.device, str, str]:
     if device.type == "cuda":
         uuid = torch.cuda.get_device_properties(0).uuid
         return device, torch.cuda.get_device_name(), uuid
-    level = torch.backends.cpu.get_cpu_capability()
-    kind = record.digest(dict(torch.cpu.get_capabilities()))[:4]  # name, instructions and caches
-    return device, f"cpu ({os.cpu_count()} cores, {level}, {kind})", "cpu"
+    able = dict(torch.cpu.get_capabilities())  # its name, instructions, caches
+    kind = f"{torch.backends.cpu.get_cpu_capability()}, {record.digest(able)[:4]}"
+    return device, f"cpu ({able.get('cpu_name')}, {os.cpu_count()} cores, {kind})", "cpu"
 
 
 def new_record(source: bytes, device: str, seed: int) -> dict:
     """Return the record of a run that begins now. SystemExit if git can't read its repository."""
-    no_git = None if (ROOT / ".git").exists() else ""
+    if (ROOT / ".git").exists():
+        record.git("rev-parse", "--git-dir")  # fails for a folder that git does not trust
     in_head = record.git("show", "HEAD:./train.py", default="")
     is_committed = in_head == source.decode(errors="replace").strip()
     commit = "" if is_committed else record.git("stash", "create", default="")  # on no branch
@@ -246,7 +247,7 @@ def new_record(source: bytes, device: str, seed: int) -> dict:
         "id": record.new_id(),
         "status": "running",
         "repository": str(ROOT),
-        "commit": commit or record.git("rev-parse", "HEAD", default=no_git),
+        "commit": commit or record.git("rev-parse", "HEAD", default=""),
         "train_sha256": hashlib.sha256(source).hexdigest(),
         "judge": record.digest(prepare.JUDGE_SOURCES),
         "seed": seed,
@@ -260,11 +261,21 @@ def new_record(source: bytes, device: str, seed: int) -> dict:
 @contextlib.contextmanager
 def keep_record(entry: dict, run: Run) -> Iterator[None]:
     """Record how the block ends."""
+    device = entry["device"]
+
+    def before_start() -> None:
+        entry["device"] = ", ".join([device, *run.fallbacks])
+        record.refuse_incomparable(entry)
+        record.write_run(entry)  # what fails now would fail after the five minutes
+
+    run.before_start = before_start
     try:
         yield
         if not run.summary or entry["harness"] != prepare.harness_digest(run.corpus):
             raise SystemExit("no val_bpb: run.finish() was not called, or the tokens changed")
         entry |= {name: float(value) for name, value in run.summary.items()}
+        entry |= {"lost_percent": run.lost_percent, "shared_gib": run.shared_gib}
+        entry["disturbed"] = run.lost_percent > MAX_LOST or run.shared_gib > MAX_SHARED
         entry["status"] = "finished"
     except BaseException as error:
         blameless = isinstance(error, KeyboardInterrupt | UnfitError)
@@ -276,8 +287,8 @@ def keep_record(entry: dict, run: Run) -> Iterator[None]:
             raise SystemExit("no val_bpb: train.py ended without run.finish()") from None
         raise
     finally:
+        entry["device"] = ", ".join([device, *run.fallbacks])
         faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_REAL, 0)
         try:
             record.write_run(entry)
         except OSError as error:  # the summary is still worth having
@@ -310,8 +321,9 @@ def training_run(description: str | None) -> Iterator[Run]:
             set_seed(arguments.seed)
         entry["harness"] = prepare.harness_digest(corpus)
         with record.create_run(entry, source) as file:
-            run = Run(corpus, prepare.Tokenizer(corpus), device, arguments.seed, file, entry)
-            limit_time(file)
+            run = Run(corpus, prepare.Tokenizer(corpus), device, arguments.seed, file)
+            # This ends the process even in a call that never returns.
+            faulthandler.dump_traceback_later(RUN_LIMIT, exit=True, file=file)
             with keep_record(entry, run), show_status(run):
                 yield run
     lines = run.summary | {"harness": entry["harness"], "seed": str(run.seed)}

@@ -491,7 +491,7 @@ def test_a_killed_run_is_run_again(night):
     assert night.do(RUN)[0] == -9
     night.must(RESET)
     assert (
-        "the last run has no val_bpb (killed by somebody, or for lack of memory): `git reset --hard"
+        "the last run has no val_bpb (killed from outside, or out of memory): `git reset --hard"
         in night.carry_on(KEEP)
     )
     night.verify()

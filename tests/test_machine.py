@@ -52,13 +52,17 @@ def test_a_run_that_shares_its_core_is_disturbed_and_says_by_how_much(night):
     (run,) = night.runs()
     assert run["disturbed"]
     assert run["lost_percent"] > 5
-    assert f"disturbed:        other work took {run['lost_percent']} % of its time, or" in text
+    assert (
+        f"disturbed:        other work took {run['lost_percent']} % of its time, 0.0 GiB of its GPU"
+        in text
+    )
 
 
-def test_a_run_that_stood_still_is_disturbed_and_is_not_blamed_for_its_length(night):
+@pytest.mark.parametrize("grace", [4, 60])
+def test_a_run_that_stood_still_is_disturbed_or_ends_without_blame(night, grace):
     strict(night)
     replace(night.clone / "prepare.py", "TIME_BUDGET = 0.2", "TIME_BUDGET = 1")
-    replace(night.clone / "harness/run.py", "GRACE_SECONDS = 15", "GRACE_SECONDS = 4")
+    replace(night.clone / "harness/run.py", "GRACE_SECONDS = 15", f"GRACE_SECONDS = {grace}")
     night.edit(TRAINS)
     process = start(night)
     while "here" not in process.stdout.readline():
@@ -66,13 +70,17 @@ def test_a_run_that_stood_still_is_disturbed_and_is_not_blamed_for_its_length(ni
     process.send_signal(signal.SIGSTOP)
     time.sleep(7)
     process.send_signal(signal.SIGCONT)
-    process.communicate()
+    text, _ = process.communicate()
     (run,) = night.runs()
-    assert run["status"] == "finished"
-    assert run["disturbed"]
+    if grace == 4:
+        assert run["status"] == "stopped"
+        assert "for the process stood still: run it again" in text
+    else:
+        assert run["status"] == "finished"
+        assert run["disturbed"]
 
 
-# a way that does not work
+# fallbacks
 
 
 FALLS_BACK = """
@@ -96,7 +104,7 @@ def test_a_run_that_falls_back_is_refused_beside_one_that_does_not(night):
     night.must(COMMIT)
     status, text = night.do(RUN)
     assert status == 1
-    assert re.search(r"does not compare with what was kept \(.*, slow, kept: .*\): stop and", text)
+    assert re.search(r"does not compare with what was kept \(.*, slow, kept: .*\): take the", text)
     assert night.statuses()[-1] == ("stopped", 42)
     night.must(RESET)
     night.edit()

@@ -268,9 +268,7 @@ def test_processes_that_make_runs_at_once_lose_none(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("how", "where"), [(SLEEPS, "a call that waits"), (IN_C, "a call into C")])
 def test_a_run_that_hangs_is_ended_with_tracebacks_on_record(night, how, where):
     run = begin(night, f"import harness.run; harness.run.RUN_LIMIT = 1; {how}")
-    status, text = run.wait()
-    assert status == 1
-    assert len(re.findall(r"^(Current thread|Thread) 0x", text, re.MULTILINE)) >= 2, text
+    assert run.wait()[0] == 1
     (run,) = night.runs()
     assert run["status"] == "timeout"
     assert any("in main" in line for line in run["traceback"])
@@ -455,10 +453,10 @@ def test_the_noise_is_the_median_difference_of_all_versions_with_several_seeds(a
 
 def test_a_disturbed_run_counts_only_while_its_seed_has_no_other(add):
     add(1.00, "a", 1, "keep")
-    add(3.00, "a", 2, disturbed=True, lost_percent=30.0)
+    add(3.00, "a", 2, disturbed=True, lost_percent=30.0, shared_gib=0.0)
     assert add(0.9, "b")["best_kept"].startswith("2.000000")
     add(1.20, "a", 2)
-    add(9.00, "a", 2, disturbed=True, lost_percent=30.0)
+    add(9.00, "a", 2, disturbed=True, lost_percent=30.0, shared_gib=0.0)
     add(1.40, "a", 2)
     lines = add(0.9, "b", 43)
     assert lines["best_kept"].startswith("1.150000")
