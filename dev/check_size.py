@@ -10,7 +10,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CEILINGS = {"prepare.py": 600, "train.py": 700, "harness/*.py": 700, "analysis.ipynb": 200}
+CEILINGS = {"prepare.py": 600, "train.py": 700, "harness/*.py": 710, "analysis.ipynb": 200}
 MAX_TOKENS_A_LINE, MAX_COLUMNS = 10.5, 100
 LAYOUT = ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER")
 

@@ -7,7 +7,9 @@ from harness.record import ROOT, git
 def read_rows(name: str) -> list[str]:
     """Return the rows of a ledger, which is a file, a branch or a commit."""
     path = ROOT / name
-    text = path.read_text() if path.is_file() else git("show", f"{name}:./results.tsv")
+    if path.is_file():
+        return path.read_text(errors="replace").splitlines()[1:]
+    text = git("show", f"{name}:./results.tsv")
     return text.splitlines()[1:]
 
 
@@ -27,25 +29,30 @@ def check_run(run: dict, before: list[dict], runs: list[dict]) -> list[str]:
         faults.append(f"its val_bpb is {val_bpb}, the mean of its runs {value.mean:.6f}")
     if any(other["repository"] != run["repository"] for other in seeds):
         faults.append("its value has runs of another folder")
-    if before and not record.comparable(run, before[-1]):
+    scored = [other for other in before if other["log"]["status"] != "crash"]
+    if value and scored and not record.comparable(run, scored[-1]):
         faults.append("it does not compare with the row before: another harness, or device")
-    if version in [other["train_sha256"] for other in before]:
+    if version in [other["train_sha256"] for other in scored]:
         faults.append("its train.py has a row already")
     return faults
 
 
 def check_keep(run: dict, before: list[dict], runs: list[dict]) -> list[str]:
-    """Compare a keep with the best one before it: less than the noise worse may be simpler."""
+    """Compare a keep with the best one before it.
+
+    Less than the noise worse may be simpler. Noise and values move later, so twice that is a fault.
+    """
     value = record.average(find_seeds(run, runs)).get(run["train_sha256"])
     noise = record.estimate_noise(record.find_comparable(run, runs))
     kept = record.find_kept(before, run["log"]["branch"])
-    values = record.average([seed for other in kept for seed in find_seeds(other, runs)])
+    seeds = [seed for other in kept for seed in find_seeds(other, runs)]
+    values = record.average(seeds)
     if not (noise and value and values):
         return []
     best = min(values.values())
     scale = record.noise_of_difference(noise, value, best)
     times = (value.mean - best.mean) / scale
-    if times <= 1:
+    if times <= 2:
         return []
     seen = f"kept with {value.mean:.6f} after {best.mean:.6f}"
     return [f"{seen}, worse by {times:.2f} x the noise of the difference"]

@@ -142,12 +142,12 @@ def refuse_row(run: dict, status: str, ledger: Ledger) -> None:
     back = f"`git reset --hard {run['commit'][:7]}`"
     if status == "crash" and seeds:
         raise SystemExit(f"its val_bpb is {seeds[0]['val_bpb']:.6f}: log keep or discard instead")
-    if status != "crash" and not seeds:
+    if not seeds and (status != "crash" or run["status"] == "stopped"):
         advice = "`uv run train.py`" if is_of(run, on_disk) else f"{back}, `uv run train.py`"
         if run["status"] in ("crash", "timeout"):
             advice = "log crash instead"
         status = run["status"].replace("killed", "killed from outside, or out of memory")
-        why = "".join(run.get("traceback", [""])[-1:])[:200]
+        why = "".join(run.get("traceback", [""])[-1:])
         raise SystemExit(f"the last run has no val_bpb ({status}): {advice}. {why}".strip())
     is_left = head != train_kept or is_of(run, on_disk)
     if status != "keep" and is_left and not is_of(run, train_kept):

@@ -47,17 +47,21 @@ def require(holds: object, message: str) -> None:
         raise ValueError(message)
 
 
-def waited_seconds() -> float:
-    """Return how long a thread of this process has waited for a core so far, on average.
+def read_waits() -> np.ndarray:
+    """Return the seconds that a thread of this process waited for a core, and others were busy.
 
-    The time that a hypervisor took counts too. Only Linux tells; elsewhere it is 0.
+    A run loses the smaller of the two: its threads may wait for each other, and others may have
+    cores to themselves. Only Linux tells; elsewhere both are 0.
     """
     with contextlib.suppress(OSError, IndexError, ValueError):
-        stolen = int(Path("/proc/stat").read_text().split()[8]) / os.sysconf("SC_CLK_TCK")
+        ticks = np.array(Path("/proc/stat").read_text().split()[1:9], dtype=float)
+        ticks /= os.sysconf("SC_CLK_TCK")
+        busy = ticks.sum() - ticks[3:5].sum()  # not idle
         threads = [path.read_text() for path in Path("/proc/self/task").glob("*/schedstat")]
-        waited = sum(int(text.split()[1]) for text in threads) / 1e9
-        return waited / torch.get_num_threads() + stolen / os.cpu_count()
-    return 0.0
+        waited = sum(int(text.split()[1]) for text in threads) / 1e9 / torch.get_num_threads()
+        stolen = ticks[7] / os.cpu_count()  # by a hypervisor
+        return np.array([waited + stolen, busy - time.process_time()])
+    return np.zeros(2)
 
 
 @dataclass
@@ -73,7 +77,7 @@ class Run:
     fallbacks: dict[str, str] = field(default_factory=dict)  # what does not work here, and why
     launched: float = field(default_factory=time.perf_counter)
     started: float = 0.0
-    waited: float = 0.0  # seconds, until the start
+    waits: np.ndarray | float = 0.0  # read_waits() at the start
     paused: float = 0.0  # seconds of training in which the process stood still
     seconds: float = 0.0  # of training
     lost_percent: float = 0.0  # of it, to other work
@@ -103,7 +107,7 @@ class Run:
         for name, why in self.fallbacks.items():
             print(f"FALLBACK, which makes this run slower: {name} ({why})", flush=True)
         self.before_start()
-        self.waited, self.started = waited_seconds(), time.perf_counter()
+        self.waits, self.started = read_waits(), time.perf_counter()
 
     def progress(self) -> float:
         """Return the part of the budget that is used, 0 to 1, without waiting for the device."""
@@ -115,7 +119,8 @@ class Run:
             torch.cuda.synchronize()
         require(self.started and not self.weights, ORDER)
         self.seconds = time.perf_counter() - self.started
-        lost, weights = waited_seconds() - self.waited, digest_weights(model)
+        lost = max(float(min(read_waits() - self.waits)), 0.0)
+        weights = digest_weights(model)
         time.sleep(0.5)  # until show_status() has seen a pause that is just over
         self.weights = weights
         seen = f"training took {self.seconds:.0f} s instead of {prepare.TIME_BUDGET}"

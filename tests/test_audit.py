@@ -93,13 +93,20 @@ def test_a_row_whose_runs_say_another_value_is_a_fault(night):
 
 @pytest.mark.parametrize("name", ["harness", "device"])
 def test_a_row_of_another_harness_or_device_is_a_fault(night, name):
+    experiment(night, 3.20, RESET, DISCARD)
+    change(night, -1, **{name: "another"})
+    (fault,) = faults(night)
+    assert fault.endswith("it does not compare with the row before: another harness, or device")
+
+
+def test_a_crash_has_no_value_that_could_compare(night):
     night.edit(FAILS)
     night.must(COMMIT)
     night.do(RUN)
     night.must(RESET, CRASH)
-    change(night, -1, **{name: "another"})
-    (fault,) = faults(night)
-    assert fault.endswith("it does not compare with the row before: another harness, or device")
+    change(night, -1, device="before a fallback was known")
+    experiment(night, 3.20, RESET, DISCARD)
+    assert faults(night) == []
 
 
 def test_a_second_row_of_one_train_py_is_a_fault(night):
@@ -117,8 +124,8 @@ def test_a_keep_that_is_worse_by_more_than_the_noise_is_a_fault(night):
     assert fault.endswith(f"): {seen}")
 
 
-def test_a_keep_that_is_worse_within_the_noise_may_be_simpler(night):
-    experiment(night, 2.91, KEEP)
+def test_a_keep_that_is_worse_within_twice_the_noise_may_have_been_simpler(night):
+    experiment(night, 2.95, KEEP)  # 1.69 times
     assert faults(night) == []
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, environ, replace
-from night import BASELINE, COMMIT, KEEP, RESET, RUN, SEEDS, Night
+from night import BASELINE, COMMIT, CRASH, KEEP, RESET, RUN, SEEDS, Night
 
 # A real process, unlike those of Night: its streams, signals and user are its own.
 PYTHON = [sys.executable, "train.py"]
@@ -107,6 +107,7 @@ def test_a_run_that_falls_back_is_refused_beside_one_that_does_not(night):
     assert re.search(r"does not compare with what was kept \(.*, slow, kept: .*\): take the", text)
     assert night.statuses()[-1] == ("stopped", 42)
     night.must(RESET)
+    night.refused(CRASH, "has no val_bpb .*stop and report it")  # it is not the idea's fault
     night.edit()
     night.must(COMMIT, RUN, KEEP)
     night.verify()
