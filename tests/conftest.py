@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import networkx
@@ -44,7 +43,7 @@ def pytest_collection_modifyitems(config, items):
 def cache(tmp_path_factory):
     """The cache folder of this test session, instead of the user's."""
     os.environ["AUTORESEARCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["TMPDIR"] = tempfile.tempdir = str(tmp_path_factory.mktemp("tmp"))  # of compilers
+    os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp"))  # of the compilers that tests start
     return prepare.cache_root()
 
 
