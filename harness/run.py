@@ -55,12 +55,12 @@ def read_waits() -> np.ndarray:
     """
     with contextlib.suppress(OSError, IndexError, ValueError):
         ticks = np.array(Path("/proc/stat").read_text().split()[1:9], dtype=float)
-        ticks /= os.sysconf("SC_CLK_TCK")
+        ticks /= os.sysconf("SC_CLK_TCK")  # now seconds
         busy = ticks.sum() - ticks[3:5].sum()  # not idle
         threads = [path.read_text() for path in Path("/proc/self/task").glob("*/schedstat")]
         waited = sum(int(text.split()[1]) for text in threads) / 1e9 / torch.get_num_threads()
-        stolen = ticks[7] / os.cpu_count()  # by a hypervisor
-        return np.array([waited + stolen, busy - time.process_time()])
+        waited += ticks[7] / os.cpu_count()  # stolen by a hypervisor
+        return np.array([waited, busy - time.process_time()])
     return np.zeros(2)
 
 
@@ -78,7 +78,8 @@ class Run:
     launched: float = field(default_factory=time.perf_counter)
     started: float = 0.0
     waits: np.ndarray | float = 0.0  # read_waits() at the start
-    paused: float = 0.0  # seconds of training in which the process stood still
+    watched: float = 0.0  # when show_status() last looked whether the process stands still
+    paused: float = 0.0  # seconds of training in which it stood still
     seconds: float = 0.0  # of training
     lost_percent: float = 0.0  # of it, to other work
     shared_gib: float = 0.0  # of the GPU's memory, that other processes hold
@@ -121,7 +122,8 @@ class Run:
         self.seconds = time.perf_counter() - self.started
         lost = max(float(min(read_waits() - self.waits)), 0.0)
         weights = digest_weights(model)
-        time.sleep(0.5)  # until show_status() has seen a pause that is just over
+        # If show_status() did not look lately, it shall see a pause that is just over.
+        time.sleep(0.5 * (time.perf_counter() - self.watched > 1))
         self.weights = weights
         seen = f"training took {self.seconds:.0f} s instead of {prepare.TIME_BUDGET}"
         if self.seconds > prepare.TIME_BUDGET + GRACE_SECONDS and self.paused:
@@ -189,6 +191,7 @@ def show_status(run: Run) -> Iterator[None]:
             cpu, used = time.process_time(), time.process_time() - cpu
             if gap > PAUSE and used < gap / 10 and run.started and not run.weights:
                 run.paused += gap
+            run.watched = last
             if live or last - shown > 30:
                 shown, line = last, f"{run.status} ({last - start:.0f} s)"
                 width = shutil.get_terminal_size().columns - 1 if live else None
