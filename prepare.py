@@ -48,7 +48,8 @@ def keep_books() -> int | None:
     if arguments.command == "audit":
         return audit.print_audit(arguments.words or ["results.tsv"])
     if arguments.command == "runs":
-        runs = record.read_runs() if arguments.all else record.own_runs(record.read_runs())
+        runs = record.read_runs()
+        runs = runs if arguments.all else record.own_runs(runs)
         return print(json.dumps(runs)) if arguments.json else record.print_runs(runs)
     return ledger.log(*arguments.words) if arguments.words else ledger.show()
 
@@ -128,7 +129,6 @@ class Corpus:
         return cache_root() / "tokens" / f"{stem}-{tokens_key(self)[:12]}"
 
 
-@functools.cache
 def get_device() -> torch.device:
     """Return the device that every run on this machine uses."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -163,14 +163,15 @@ def say(line: str) -> None:
     print(line.encode("utf-8", "replace").decode(), flush=True)
 
 
-IS_SMALL = get_device().type == "cpu" or os.environ.get("AUTORESEARCH_CORPUS") == "python"
-MAX_SEQ_LEN = (SMALL if IS_SMALL else LARGE)["seq_len"]  # tokens, for scripts that import it
+SMALL_HERE = os.environ.get("AUTORESEARCH_CORPUS") == "python" or get_device().type == "cpu"
+MAX_SEQ_LEN = (SMALL if SMALL_HERE else LARGE)["seq_len"]  # tokens, for scripts that import it
 
 # Download ---------------------------------------------------------------------------------------
 
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # between tries that bring nothing: outlasts a minute
 STREAM = {"stream": True, "timeout": 30}  # seconds
 FAILED = (requests.RequestException, ValueError, KeyError)  # no URL at all; a hub without size
+BYTES = {"unit": "B", "unit_scale": True, "disable": None}  # no bar but on a terminal
 
 
 def shard_url(name: str) -> str:
@@ -202,8 +203,7 @@ def fetch(part: Path, url: str) -> None:
         size, sha256 = int(linked[0]["X-Linked-Size"]), linked[0]["X-Linked-ETag"].strip('"')
         if answer.status_code != 416:
             resumed = answer.status_code == 206  # else everything is sent
-            bar = tqdm(desc=part.stem, total=size, initial=done * resumed, disable=None)
-            bar.unit, bar.unit_scale = "B", True
+            bar = tqdm(desc=part.stem, total=size, initial=done * resumed, **BYTES)
             with part.open("ab" if resumed else "wb") as file, bar:
                 for block in answer.iter_content(2**16):
                     bar.update(file.write(block))
@@ -637,7 +637,7 @@ def harness_digest(corpus: Corpus) -> str:
     """
     files = read_manifest(corpus)
     made = [files[name]["sha256"] for name in file_names(corpus)]
-    settings = (corpus.name, corpus.vocab_size, corpus.seq_len, torch.__version__)
+    settings = corpus.name, corpus.vocab_size, corpus.seq_len, torch.__version__
     return digest(JUDGE_SOURCES, settings, made)[:12]
 
 
@@ -669,7 +669,7 @@ def read_val_rows(corpus: Corpus) -> np.ndarray:
 
 
 def make_dataloader(
-    tokenizer: Tokenizer, B: int, T: int, split: str, seed: int = SEED, part=(0, 1)
+    tokenizer: Tokenizer, B: int, T: int, split: str, seed: int = SEED, part: tuple = (0, 1)
 ) -> Iterator[tuple]:
     """Yield (x, y, epoch) for ever: inputs and targets, int64 (B, T), on the device.
 
@@ -686,7 +686,7 @@ def make_dataloader(
         expected = f"train, or val with T up to {corpus.seq_len}"
         raise ValueError(f"split {split!r}, T {T}: expected {expected}")
 
-    def next_batch():
+    def next_batch() -> tuple:
         picked, epochs = zip(*itertools.islice(rows, B), strict=True)
         batch = torch.from_numpy(np.stack(picked).view(np.int16))  # ids are below 2^15
         return batch.pin_memory() if device.type == "cuda" else batch, epochs[-1]

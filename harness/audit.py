@@ -1,15 +1,16 @@
 """What in ledger, git and records does not fit together. Locked, and free of torch."""
 
 from harness import record
-from harness.record import ROOT, git
+from harness.record import ROOT, Value, git
 
 
 def read_rows(name: str) -> list[str]:
     """Return the rows of a ledger, which is a file, a branch or a commit."""
     path = ROOT / name
     if path.is_file():
-        return path.read_text(errors="replace").splitlines()[1:]
-    text = git("show", f"{name}:./results.tsv")
+        text = path.read_text(errors="replace")
+    else:
+        text = git("show", f"{name}:./results.tsv")
     return text.splitlines()[1:]
 
 
@@ -18,12 +19,9 @@ def find_seeds(run: dict, runs: list[dict]) -> list[dict]:
     return [other for other in runs if other["id"] in run["log"]["runs"]]
 
 
-def check_run(run: dict, before: list[dict], runs: list[dict]) -> list[str]:
-    """Compare a row with its runs, and with the runs of the rows before it."""
+def check_run(run: dict, seeds: list[dict], value: Value | None, before: list[dict]) -> list[str]:
+    """Compare a row with its runs and their value, and with the runs of the rows before it."""
     faults = []
-    seeds = find_seeds(run, runs)
-    version = run["train_sha256"]
-    value = record.average(seeds).get(version)
     _, val_bpb, *_ = run["log"]["row"].split("\t")
     if value and abs(value.mean - float(val_bpb)) > 1e-6:
         faults.append(f"its val_bpb is {val_bpb}, the mean of its runs {value.mean:.6f}")
@@ -32,30 +30,22 @@ def check_run(run: dict, before: list[dict], runs: list[dict]) -> list[str]:
     scored = [other for other in before if other["log"]["status"] != "crash"]
     if value and scored and not record.comparable(run, scored[-1]):
         faults.append("it does not compare with the row before: another harness, or device")
-    if version in [other["train_sha256"] for other in scored]:
+    if run["train_sha256"] in [other["train_sha256"] for other in scored]:
         faults.append("its train.py has a row already")
     return faults
 
 
-def check_keep(run: dict, before: list[dict], runs: list[dict]) -> list[str]:
+def check_keep(value: Value, best: Value, noise: float) -> list[str]:
     """Compare a keep with the best one before it.
 
     Less than the noise worse may be simpler. Noise and values move later, so twice that is a fault.
     """
-    value = record.average(find_seeds(run, runs)).get(run["train_sha256"])
-    noise = record.estimate_noise(record.find_comparable(run, runs))
-    kept = record.find_kept(before, run["log"]["branch"])
-    seeds = [seed for other in kept for seed in find_seeds(other, runs)]
-    values = record.average(seeds)
-    if not (noise and value and values):
-        return []
-    best = min(values.values())
+    difference = value.mean - best.mean
     scale = record.noise_of_difference(noise, value, best)
-    times = (value.mean - best.mean) / scale
-    if times <= 2:
+    if difference <= 2 * scale or not noise:
         return []
     seen = f"kept with {value.mean:.6f} after {best.mean:.6f}"
-    return [f"{seen}, worse by {times:.2f} x the noise of the difference"]
+    return [f"{seen}, worse by {difference / scale:.2f} x the noise of the difference"]
 
 
 def find_missing(rows: list[str], logged: list[dict], runs: list[dict]) -> list[str]:
@@ -85,16 +75,20 @@ def audit(name: str) -> list[str]:
     runs = record.read_runs()
     by_row = {run["log"].get("row"): run for run in runs}
     logged = [by_row[row] for row in rows if row in by_row]
+    alike = record.find_comparable(logged[-1], runs) if logged else []
+    noise = record.estimate_noise(alike)
     faults = []
-    before = []
+    before, best = [], None
     for number, row in enumerate(rows, 1):
         wrong = []
-        if row in by_row:
-            run = by_row[row]
-            wrong += check_run(run, before, runs)
-            if run["log"]["status"] == "keep":
-                wrong += check_keep(run, before, runs)
+        if run := by_row.get(row):
+            seeds = find_seeds(run, runs)
+            value = record.average(seeds).get(run["train_sha256"])
+            wrong += check_run(run, seeds, value, before)
             before.append(run)
+            if value and run["log"]["status"] == "keep":
+                wrong += check_keep(value, best or value, noise)
+                best = min(best or value, value)
         elif logged:
             wrong.append("no run on record was logged with these words and values")
         commit, *_ = row.split("\t")

@@ -135,7 +135,8 @@ def refuse_files(base: str) -> None:
 
 def refuse_row(run: dict, status: str, ledger: Ledger) -> None:
     """Raise SystemExit, with what to do, if a run can't have a row of this status."""
-    seeds, kept = finished_seeds(run, ledger), kept_commit(ledger)
+    seeds = finished_seeds(run, ledger)
+    kept = kept_commit(ledger)
     head = train_py("HEAD")
     train_kept = train_py(kept)
     on_disk = (ROOT / "train.py").read_text().strip()
@@ -146,9 +147,9 @@ def refuse_row(run: dict, status: str, ledger: Ledger) -> None:
         advice = "`uv run train.py`" if is_of(run, on_disk) else f"{back}, `uv run train.py`"
         if run["status"] in ("crash", "timeout"):
             advice = "log crash instead"
-        status = run["status"].replace("killed", "killed from outside, or out of memory")
-        why = "".join(run.get("traceback", [""])[-1:])
-        raise SystemExit(f"the last run has no val_bpb ({status}): {advice}. {why}".strip())
+        ended = run["status"].replace("killed", "killed from outside, or out of memory")
+        seen = f"the last run has no val_bpb ({ended}): {advice}"
+        raise SystemExit(". ".join([seen, *run.get("traceback", [])[-1:]]))
     is_left = head != train_kept or is_of(run, on_disk)
     if status != "keep" and is_left and not is_of(run, train_kept):
         advice = f"`git reset --hard {kept[:7]}`, log again"
@@ -157,7 +158,8 @@ def refuse_row(run: dict, status: str, ledger: Ledger) -> None:
     if run["judge"] != record.digest(record.judge_sources()):
         raise SystemExit("the last run was judged by other code: `uv run train.py`")
     if status != "crash":
-        record.refuse_incomparable(run)
+        kept_runs = record.find_kept(ledger.logged, ledger.branch)
+        record.refuse_incomparable(run, kept_runs)
     if status == "keep" and not is_of(run, head):
         back = '`git commit train.py -m "<idea>"`' if is_of(run, on_disk) else back
         raise SystemExit(f"HEAD has another train.py than the last run: {back}, log again")

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tokenize
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
@@ -237,12 +237,11 @@ def find_kept(runs: list[dict], branch: str) -> list[dict]:
     return sorted(kept, key=lambda run: run["log"]["time"])
 
 
-def refuse_incomparable(run: dict) -> None:
-    """Raise UnfitError if a run does not compare with what its branch kept last."""
-    kept = find_kept(own_runs(read_runs()), git("branch", "--show-current", default=""))
+def refuse_incomparable(run: dict, kept: list[dict]) -> None:
+    """Raise UnfitError if a run does not compare with the last one that its branch kept."""
     if kept and not comparable(run, kept[-1]):
-        kept = f"{kept[-1]['harness']} on {kept[-1]['device']}"
-        seen = f"{run['harness']} on {run['device']}, kept: {kept}"
+        best = f"{kept[-1]['harness']} on {kept[-1]['device']}"
+        seen = f"{run['harness']} on {run['device']}, kept: {best}"
         advice = "take the same corpus and device and undo what changed, or stop and report it"
         raise UnfitError(f"this run does not compare with what was kept ({seen}): {advice}")
 
@@ -271,21 +270,27 @@ def average(runs: list[dict]) -> dict[str, Value]:
     return values
 
 
+def estimate_deviation(groups: Iterable) -> float:
+    """Return the standard deviation of values within groups; 0 if no group has several.
+
+    It is that of a normal distribution with the median difference of two values: one bad value does
+    not spoil it. Of a single group of three it is a third too large on average.
+    """
+    pairs = [pair for group in groups for pair in combinations(group, 2)]
+    return statistics.median(abs(a - b) for a, b in pairs) / 0.9539 if pairs else 0.0
+
+
 def estimate_noise(runs: list[dict]) -> float:
     """Return the standard deviation between seeds of one train.py; 0 if none has several.
 
-    It is that of a normal distribution with the median difference of two seeds: one bad run does
-    not spoil it. Of a single version with three seeds it is a third too large on average.
     Disturbed runs count only if there are no others.
     """
     clean = [run for run in runs if not is_disturbed(run)]
+    noises = []
     for chosen in (clean, runs):
         versions = group_by_version(chosen).values()
-        if pairs := [pair for seeds in versions for pair in combinations(seeds.values(), 2)]:
-            break
-    if not pairs:
-        return 0.0
-    return statistics.median(abs(a - b) for a, b in pairs) / 0.9539
+        noises.append(estimate_deviation(seeds.values() for seeds in versions))
+    return noises[0] or noises[1]
 
 
 def noise_of_difference(noise: float, one: Value, other: Value) -> float:

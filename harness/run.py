@@ -47,6 +47,11 @@ def require(holds: object, message: str) -> None:
         raise ValueError(message)
 
 
+def limit_time(file: TextIO) -> None:
+    """End the process RUN_LIMIT seconds from now, even in a call that never returns."""
+    faulthandler.dump_traceback_later(RUN_LIMIT, exit=True, file=file)
+
+
 def read_waits() -> np.ndarray:
     """Return the seconds that a thread of this process waited for a core, and others were busy.
 
@@ -73,7 +78,7 @@ class Run:
     device: torch.device
     seed: int
     traceback_file: TextIO
-    before_start: Callable = bool  # raises what is in the way of five minutes
+    before_start: Callable = lambda: None  # raises what is in the way of five minutes
     fallbacks: dict[str, str] = field(default_factory=dict)  # what does not work here, and why
     launched: float = field(default_factory=time.perf_counter)
     started: float = 0.0
@@ -122,8 +127,8 @@ class Run:
         self.seconds = time.perf_counter() - self.started
         lost = max(float(min(read_waits() - self.waits)), 0.0)
         weights = digest_weights(model)
-        # If show_status() did not look lately, it shall see a pause that is just over.
-        time.sleep(0.5 * (time.perf_counter() - self.watched > 1))
+        if time.perf_counter() - self.watched > 1:
+            time.sleep(0.5)  # until show_status() has seen a pause that is just over
         self.weights = weights
         seen = f"training took {self.seconds:.0f} s instead of {prepare.TIME_BUDGET}"
         if self.seconds > prepare.TIME_BUDGET + GRACE_SECONDS and self.paused:
@@ -134,8 +139,7 @@ class Run:
             free, total = torch.cuda.mem_get_info()
             others = total - free - torch.cuda.memory_reserved()  # CUDA itself takes half a GiB
             self.shared_gib = round(others / 2**30, 1)
-        # The evaluation has a limit of its own.
-        faulthandler.dump_traceback_later(RUN_LIMIT, exit=True, file=self.traceback_file)
+        limit_time(self.traceback_file)  # the evaluation has a limit of its own
 
     def finish(
         self, model: nn.Module, batch_size: int, steps: int, tokens: int, depth: int, mfu: float
@@ -237,8 +241,7 @@ def find_device() -> tuple[torch.device, str, str]:
             advice = "update the driver (580 or newer), or set CUDA_VISIBLE_DEVICES= for the CPU"
             raise SystemExit(f"this GPU can't be used: {why}. {advice}") from None
     if device.type == "cuda":
-        uuid = torch.cuda.get_device_properties(0).uuid
-        return device, torch.cuda.get_device_name(), uuid
+        return device, torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).uuid
     able = dict(torch.cpu.get_capabilities())  # its name, instructions, caches
     kind = f"{torch.backends.cpu.get_cpu_capability()}, {record.digest(able)[:4]}"
     return device, f"cpu ({able.get('cpu_name')}, {os.cpu_count()} cores, {kind})", "cpu"
@@ -273,7 +276,9 @@ def keep_record(entry: dict, run: Run) -> Iterator[None]:
 
     def before_start() -> None:
         entry["device"] = ", ".join([device, *run.fallbacks])
-        record.refuse_incomparable(entry)
+        branch = record.git("branch", "--show-current", default="")
+        kept = record.find_kept(record.own_runs(record.read_runs()), branch)
+        record.refuse_incomparable(entry, kept)
         record.write_run(entry)  # what fails now would fail after the five minutes
 
     run.before_start = before_start
@@ -330,8 +335,7 @@ def training_run(description: str | None) -> Iterator[Run]:
         entry["harness"] = prepare.harness_digest(corpus)
         with record.create_run(entry, source) as file:
             run = Run(corpus, prepare.Tokenizer(corpus), device, arguments.seed, file)
-            # This ends the process even in a call that never returns.
-            faulthandler.dump_traceback_later(RUN_LIMIT, exit=True, file=file)
+            limit_time(file)
             with keep_record(entry, run), show_status(run):
                 yield run
     lines = run.summary | {"harness": entry["harness"], "seed": str(run.seed)}

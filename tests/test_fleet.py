@@ -85,4 +85,5 @@ def test_agents_with_one_cache_lose_no_row_and_get_none_of_another(tmp_path, cac
         assert night.git("show", f"autoresearch/night-{name}:results.tsv") == expected
         assert {f"refs/autoresearch/night-{name}/{row[:7]}" for row in rows} <= refs
     branches = [f"autoresearch/night-{name}" for name in names]
-    night.do(f"uv run prepare.py audit {' '.join(branches)}")
+    text = night.do(f"uv run prepare.py audit {' '.join(branches)}")[1]
+    assert re.findall(r"^(\S+): \w+ faults$", text, re.MULTILINE) == branches

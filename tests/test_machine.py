@@ -93,7 +93,7 @@ Run.start = lambda run, model, start=Run.start: run.fallbacks.update(slow="no g+
 def test_a_fallback_is_said_last_before_the_five_minutes_and_is_part_of_the_device(night):
     night.edit(FALLS_BACK)
     text = night.must(RUN)
-    assert "FALLBACK, which makes this run slower: slow (no g++)" in text
+    assert "FALLBACK, which makes this run slower: slow (no g++)\n---\n" in text
     (run,) = night.runs()
     assert run["device"].endswith(", slow")
 
