@@ -134,6 +134,7 @@ def set_up_compiler(device: torch.device) -> None:
     folder.mkdir(exist_ok=True)
     in_use.touch()
     atexit.register(in_use.unlink, missing_ok=True)
+    # PyTorch keeps its precompiled headers in the folder for temporary files, so that moves, too.
     tempfile.tempdir = os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
     from torch.utils import cpp_extension

@@ -3,8 +3,8 @@
 uv run dev/bench_records.py               # 100, 1000 and 10,000 runs
 uv run dev/bench_records.py --runs 5000
 
-A clone of this repository gets a branch with a baseline and ten rows; the other runs are those of
-other folders on the same device. Timed are commands as an agent gives them.
+A clone of this repository gets a branch with a baseline; the other runs are those of other folders
+on the same device. Timed are commands as an agent gives them.
 """
 
 import argparse
@@ -19,7 +19,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ASK = "from harness import record; print(record.digest(record.judge_sources()))"
+sys.path.insert(0, str(ROOT))
+from harness import record
+
+JUDGE = record.digest(record.judge_sources())
 DESCRIBE = """
 import json, sys, time
 from harness import record
@@ -36,9 +39,7 @@ def git(clone: Path, *words: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def write_run(
-    cache: Path, number: int, repository: str, commit: str, judge: str, source: bytes
-) -> None:
+def write_run(number: int, repository: str, commit: str, source: bytes) -> None:
     """Write the folder of a finished run."""
     run = {
         "id": f"20261101-{number // 3600:06d}-{number:06d}-1",
@@ -46,7 +47,7 @@ def write_run(
         "repository": repository,
         "commit": commit,
         "train_sha256": hashlib.sha256(source).hexdigest(),
-        "judge": judge,
+        "judge": JUDGE,
         "harness": "0123456789ab",
         "device": "NVIDIA H100 80GB HBM3",
         "seed": 42 + number % 3,
@@ -57,11 +58,7 @@ def write_run(
         "num_steps": 950.0,
         "log": {},
     }
-    folder = cache / "runs" / run["id"]
-    folder.mkdir(parents=True)
-    (folder / "train.py").write_bytes(source)
-    (folder / "traceback.txt").touch()
-    (folder / "run.json").write_text(json.dumps(run, indent=1))
+    record.create_run(run, source).close()
 
 
 def measure(folder: Path, runs: int) -> dict[str, float]:
@@ -70,23 +67,20 @@ def measure(folder: Path, runs: int) -> dict[str, float]:
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
     git(clone, "checkout", "-qB", "main")
     git(clone, "checkout", "-qb", "autoresearch/bench")
-    ask = [sys.executable, "-c", ASK]
-    judge = subprocess.run(ask, cwd=clone, check=True, capture_output=True, text=True).stdout
+    os.environ["AUTORESEARCH_CACHE"] = str(cache)
     commit = git(clone, "rev-parse", "HEAD")
     source = (clone / "train.py").read_bytes()
     for number in range(runs):
         idea = source + f"\n# idea {number // 3}\n".encode()
-        write_run(cache, number, f"/home/night-{number % 16}", commit, judge.strip(), idea)
+        write_run(number, f"/home/night-{number % 16}", commit, idea)
     own = 3 * (runs // 3 + 1)  # of seed 42
-    write_run(cache, own, str(clone), commit, judge.strip(), source)
-    environment = os.environ | {"AUTORESEARCH_CACHE": str(cache)}
+    write_run(own, str(clone), commit, source)
     seconds = {}
 
     def time_command(name: str, *words: str) -> str:
         command = [sys.executable, *words]
         start = time.perf_counter()
-        options = {"cwd": clone, "env": environment, "capture_output": True, "text": True}
-        result = subprocess.run(command, **options)
+        result = subprocess.run(command, cwd=clone, capture_output=True, text=True)
         seconds[name] = time.perf_counter() - start
         if result.returncode:
             raise SystemExit(f"{name} failed: {result.stdout}{result.stderr}")

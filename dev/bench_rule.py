@@ -5,17 +5,20 @@ uv run dev/bench_rule.py --bad 0.05      # with bad runs
 
 A night starts with three seeds of a baseline and tries a hundred ideas. A run shows the truth plus
 noise of standard deviation 1; a part --bad of the runs is worse by 20, as if other work had gone
-unnoticed.
-The noise is estimated from what was run with several seeds: as harness/record.py does it, from the
-median difference, or pooled, from all squares. Printed are false keeps and true gains.
+unnoticed. The noise is estimated from what was run with several seeds: as harness/record.py does
+it, from the median difference, or pooled, from all squares. Printed are false keeps and true gains.
 """
 
 import argparse
-import itertools
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from harness.record import estimate_deviation
 
 NOTHING = [0.0]  # effects of ideas, times the noise: lower is better
 MIXED = [0, 0, 0, 0, 0, 0, 1, 2, 3, -0.5, -1, -2]  # one idea in four helps
@@ -29,12 +32,6 @@ RULES = {  # difference below which more seeds are run, how many, and below whic
     "-1, and -2 with two more seeds": (-1, 2, -2),
     "-2, one run": (-2, 0, -2),
 }
-
-
-def median_difference(groups: list[np.ndarray]) -> float:
-    """Return the noise as harness/record.py estimates it."""
-    pairs = [abs(a - b) for group in groups for a, b in itertools.combinations(group, 2)]
-    return float(np.median(pairs)) / 0.9539
 
 
 def pooled(groups: list[np.ndarray]) -> float:
@@ -85,8 +82,8 @@ def main() -> None:
     rng = np.random.default_rng(42)
     line = "{:<34}{:>12}{:>6}{:>6}{:>18}"
     columns = ("false keeps", "gain", "runs", "gain in 100 runs")
-    for estimate in (median_difference, pooled):
-        print(f"\nnoise: {estimate.__name__}")
+    for kind, estimate in {"median difference": estimate_deviation, "pooled": pooled}.items():
+        print(f"\nnoise: {kind}")
         print(line.format("keep if the difference is below", *columns))
         for name, rule in RULES.items():
             nothing, mixed = (

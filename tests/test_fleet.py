@@ -37,14 +37,12 @@ def experiment(night, rng):
     settle(night, rng, DISCARD)
 
 
-def live(path, number, seconds):
+def live(night, number, seconds):
     """What one agent does in its worktree, on its device."""
-    rng, name = random.Random(number), f"gpu{number}"
-    night = Night.__new__(Night)
-    night.path, night.clone, night.cache = path / f"{name}-output", path / name, path / "cache"
+    rng, path, name = random.Random(number), night.path, f"gpu{number}"
+    night.path, night.clone, night.edits = path / f"{name}-output", path / name, 100 * number
     night.path.mkdir()
-    night.rows, night.points, night.executed, night.edits = [], {}, set(), 100 * number
-    night.environ = json.loads((path / "environ.json").read_text()) | {"LOCKS": str(path / name)}
+    night.environ["LOCKS"] = str(path / name)
     night.must(RUN, BASELINE)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -63,14 +61,13 @@ def test_agents_with_one_cache_lose_no_row_and_get_none_of_another(tmp_path, cac
     lock = f'"{tmp_path}/%s.lock"'
     replace(night.clone / "harness/run.py", lock, 'os.environ["LOCKS"] + ".lock-%s"')
     night.git("commit", "-qam", "a lock for each agent")
-    (tmp_path / "environ.json").write_text(json.dumps(night.environ))
     names = [f"gpu{number}" for number in range(AGENTS)]
     for name in names:
         branch = f"autoresearch/night-{name}"
         night.git("worktree", "add", "-q", "-b", branch, tmp_path / name, "main")
 
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=live, args=(tmp_path, i, seconds)) for i in range(AGENTS)]
+    processes = [context.Process(target=live, args=(night, i, seconds)) for i in range(AGENTS)]
     for process in processes:
         process.start()
     for process in processes:
