@@ -9,7 +9,6 @@ on the same device. Timed are commands as an agent gives them.
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import subprocess

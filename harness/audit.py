@@ -4,14 +4,14 @@ from harness import record
 from harness.record import ROOT, Value, git
 
 
-def read_rows(name: str) -> list[str]:
-    """Return the rows of a ledger, which is a file, a branch or a commit."""
+def read_lines(name: str) -> list[str]:
+    """Return the lines of a ledger, which is a file, a branch or a commit."""
     path = ROOT / name
     if path.is_file():
-        text = path.read_text(errors="replace")
+        text = path.read_text("utf-8-sig", "replace")
     else:
         text = git("show", f"{name}:./results.tsv")
-    return text.splitlines()[1:]
+    return text.splitlines()
 
 
 def find_seeds(run: dict, runs: list[dict]) -> list[dict]:
@@ -71,7 +71,7 @@ def find_missing(rows: list[str], logged: list[dict], runs: list[dict]) -> list[
 
 def audit(name: str) -> list[str]:
     """Return what does not fit together in a ledger, a sentence each."""
-    rows = read_rows(name)
+    rows = read_lines(name)[1:]
     runs = record.read_runs()
     by_row = {run["log"].get("row"): run for run in runs}
     logged = [by_row[row] for row in rows if row in by_row]

@@ -48,8 +48,9 @@ def execute(clone):
     shipped = notebook.cells
 
     def run(ledger, cache, also=""):
+        names = [str(name) for name in (ledger if isinstance(ledger, list) else [ledger])]
         settings = "import os, sys; sys.dont_write_bytecode = True; "
-        settings += f"os.environ['AUTORESEARCH_CACHE'] = {str(cache)!r}; LEDGER = {str(ledger)!r}"
+        settings += f"os.environ['AUTORESEARCH_CACHE'] = {str(cache)!r}; LEDGERS = {names!r}"
         new_cell = nbformat.v4.new_code_cell
         notebook.cells = [*shipped[:2], new_cell(settings), *shipped[2:], new_cell(also)]
         for number, cell in enumerate(notebook.cells):
@@ -75,16 +76,12 @@ def read(execute, tmp_path):
 class Night:
     """A branch with a ledger that `log` wrote, and the records of its runs."""
 
-    def __init__(self, clone, cache):
-        self.clone, self.cache = clone, cache
+    def __init__(self, clone, cache, device="cpu (AVX2)"):
+        self.clone, self.cache, self.device = clone, cache, device
         ask = "from harness.record import *; print(digest(judge_sources()))"
         self.judge = subprocess.check_output([sys.executable, "-c", ask], cwd=clone, text=True)
         self.clock = datetime.now(UTC) - timedelta(hours=2)
-        self.experiment("keep", "baseline", 1.3, 1.302, 1.298)
-        self.experiment("keep", "wider", 1.28, 1.281, 1.279)
-        self.experiment("keep", "better with (9 seeds)", 1.2805)
-        self.experiment("discard", "deeper", 1.31)
-        self.experiment("crash", "wrong")
+        self.experiment("keep", f"baseline, {clone.name}", 1.3, 1.302, 1.298)
 
     def experiment(self, status, description, *values):
         train = self.clone / "train.py"
@@ -108,7 +105,7 @@ class Night:
             "judge": self.judge.strip(),
             "harness": "0123456789ab",
             "seed": seed,
-            "device": "cpu (AVX2)",
+            "device": self.device,
             "host": "here",
             "pid": 1,
             "log": {},
@@ -133,7 +130,12 @@ class Night:
 
 @pytest.fixture(scope="module")
 def night(clone, tmp_path_factory):
-    return Night(clone, tmp_path_factory.mktemp("night"))
+    night = Night(clone, tmp_path_factory.mktemp("night"))
+    night.experiment("keep", "wider", 1.28, 1.281, 1.279)
+    night.experiment("keep", "better with (9 seeds)", 1.2805)
+    night.experiment("discard", "deeper", 1.31)
+    night.experiment("crash", "wrong")
+    return night
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +153,11 @@ def test_the_finding_and_the_totals_of_a_night_are_shown(seen):
     assert "finding 5 experiments, 3 kept, 1.3000 → 1.2800\n" in seen
     assert "noise 0.002097, the standard deviation between seeds\n" in seen
     assert "runs 9 in 2.0 hours, 4.5 an hour\n" in seen
-    assert "tokens 40.8M\n" in seen
-    assert "memory 1.4 GiB first kept, 1.4 GiB last kept\n" in seen
     assert "5 of 5 rows have their run on record" in seen
 
 
 def test_each_keep_is_judged_against_the_noise_of_its_difference(seen):
-    assert " 1.300000 3 first baseline (3 seeds)\n" in seen
+    assert " 1.300000 3 first baseline, clone (3 seeds)\n" in seen
     assert " 1.280000 3 +0.020000 +11.68 better wider (3 seeds)\n" in seen
     assert " 1.280500 1 -0.000500 -0.21 within the noise better with (9 seeds)\n" in seen
 
@@ -216,16 +216,70 @@ def test_jupyter_execute_inplace_leaves_all_readable_as_plain_text(night):
     assert (night.clone / "progress.png").read_bytes().startswith(b"\x89PNG")
 
 
+# A night of several agents ----------------------------------------------------------------------
+
+FLEET = [f"autoresearch/gpu{number}" for number in range(3)]
+SHOW = """
+print("drawn", len(ledger), "steps", axes.lines[0].get_ydata())
+print("legend", [text.get_text() for text in axes.get_legend().texts])
+print("colours", len({tuple(map(tuple, each.get_facecolor())) for each in axes.collections[1:]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def fleet(clone, execute, tmp_path_factory):
+    """What the notebook says of three branches, the last of which is of another device."""
+    path = tmp_path_factory.mktemp("fleet")
+    nights = []
+    for name, device in zip(FLEET, ("H100", "H100", "H200"), strict=True):
+        folder = path / name
+        git(clone, "worktree", "add", "-q", "-b", name, folder, "main")
+        nights.append(Night(folder, path / "cache", device))
+    nights[1].experiment("keep", "wider", 1.28, 1.281, 1.279)
+    nights[2].experiment("keep", "on a better device", 1.1)
+    nights[0].experiment("keep", "deeper", 1.29)
+    nights[0].experiment("discard", "deeper still", 1.31)
+    nights[1].experiment("keep", "both", 1.27)
+    return execute(FLEET, path / "cache", SHOW)
+
+
+def test_the_branches_of_a_device_are_one_night_in_the_order_of_time(fleet):
+    assert "finding 8 experiments, 7 kept, 1.3000 → 1.2700\n" in fleet
+    assert "drawn 8 steps [1.3 1.3 1.3 1.28 1.28 1.28 1.28 1.27]" in fleet
+
+
+def test_a_keep_is_judged_against_the_best_of_all_branches(fleet):
+    assert re.search(r"autoresearch/gpu0 \S+ 1\.290000 1 -0\.010000 -\S+ worse deeper\n", fleet)
+    assert re.search(r"autoresearch/gpu1 \S+ 1\.270000 1 \+0\.010000 \S+ better both\n", fleet)
+
+
+def test_a_ledger_of_another_device_is_shown_but_not_compared(fleet):
+    device = "H200, harness 0123456789ab, not H100, harness 0123456789ab"
+    assert f"autoresearch/gpu2 is shown, but not compared: {device}\n" in fleet
+    assert "on a better device" not in fleet
+
+
+def test_each_branch_has_a_colour_and_its_number_of_keeps(fleet):
+    for name, kept in zip(FLEET, (2, 3, 2), strict=True):
+        assert f"'{name}: {kept} kept'" in fleet
+    assert "colours 3" in fleet
+
+
+def test_each_branch_is_audited(fleet):
+    for name in FLEET:
+        assert f"\n{name}: no faults\n" in fleet
+
+
 # Ledgers of all kinds ---------------------------------------------------------------------------
 
 
 def test_columns_are_found_by_name_and_others_are_passed_over(read):
     header = "status\tseconds\tdescription\tval_bpb\tcommit\tmemory_gb"
     rows = "keep\t300\tbaseline\t1.3\ta1b2c3d\t1.4\r\ndiscard\t300\twider\t1.4\tb2c3d4e\t1.4\r\n"
-    seen = read(f"\ufeff{header}\r\n{rows}", "print(ledger.values.tolist())")
-    assert "lines can't be read" not in seen
-    assert "['a1b2c3d', 1.3, '1.4', 'keep', 'baseline', 1.3]" in seen
-    assert "['b2c3d4e', 1.4, '1.4', 'discard', 'wider', 1.3]" in seen
+    seen = read(f"\ufeff{header}\r\n{rows}", "print(ledger[COLUMNS].values.tolist())")
+    assert "can't be read" not in seen
+    assert "['a1b2c3d', 1.3, '1.4', 'keep', 'baseline']" in seen
+    assert "['b2c3d4e', 1.4, '1.4', 'discard', 'wider']" in seen
 
 
 BROKEN = {
@@ -242,9 +296,8 @@ BROKEN = {
 
 def test_lines_that_can_not_be_read_are_listed_with_the_reason(read):
     seen = read("\n".join([HEADER, *BROKEN, ROWS]))
-    assert f"{len(BROKEN)} lines can't be read" in seen
     for number, reason in enumerate(BROKEN.values(), 2):
-        assert f"\n{number} {reason}" in seen
+        assert f", line {number} can't be read: {reason}: " in seen
     assert "4 experiments, 2 kept, 1.3000 → 1.2900" in seen
 
 
