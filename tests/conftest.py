@@ -39,6 +39,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: --all runs it"))
 
 
+@pytest.fixture
+def thorough(request):
+    """Whether the slow tests run, too: then some tests try more."""
+    return request.config.getoption("--all")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """The cache folder of this test session, instead of the user's."""

@@ -304,8 +304,8 @@ def test_a_flipped_bit_anywhere_in_a_file_is_found(corpus, name):
         assert prepare.find_damaged(corpus, thorough=True) == [name]
 
 
-@pytest.mark.parametrize("step", [37, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_flipped_bit_in_the_manifest_is_found_and_said(corpus, step):
+def test_a_flipped_bit_in_the_manifest_is_found_and_said(corpus, thorough):
+    step = 1 if thorough else 37
     path = corpus.directory / "manifest.json"
     data = path.read_bytes()
     for bit in range(8 * data.index(b'"files"'), 8 * len(data), step):

@@ -2,18 +2,16 @@
 
 import re
 
-import pytest
 from conftest import ROOT
 from night import BASELINE, BRANCH, COMMIT, CRASH, DISCARD, FAILS, KEEP, RESET, RUN, SEEDS, Night
 
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 BLOCKS = BLOCK.findall((ROOT / "program.md").read_text())  # those of a language are examples
 DOCUMENTED = [line.strip() for kind, text in BLOCKS if not kind for line in text.splitlines()]
-SLOW = pytest.param(True, marks=pytest.mark.slow, id="by uv")
 
 
-@pytest.mark.parametrize("by_uv", [pytest.param(False, id="forked"), SLOW])
-def test_every_command_of_program_md_works_in_a_night(tmp_path, cache, by_uv):
+def test_every_command_of_program_md_works_in_a_night(tmp_path, cache, thorough):
+    by_uv = thorough  # else forked, which is faster
     night = Night(tmp_path, cache / "tokens")
     night.git("checkout", "-q", "main")
     night.git("branch", "-D", BRANCH)

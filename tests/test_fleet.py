@@ -6,7 +6,6 @@ import random
 import re
 import time
 
-import pytest
 from conftest import HEADER, git, replace
 from night import BASELINE, COMMIT, CRASH, DISCARD, FAILS, KEEP, RESET, RUN, Night
 
@@ -54,8 +53,8 @@ def live(night, number, seconds):
     (path / f"{name}.json").write_text(json.dumps(night.rows))
 
 
-@pytest.mark.parametrize("seconds", [5, pytest.param(40, marks=pytest.mark.slow)])
-def test_agents_with_one_cache_lose_no_row_and_get_none_of_another(tmp_path, cache, seconds):
+def test_agents_with_one_cache_lose_no_row_and_get_none_of_another(tmp_path, cache, thorough):
+    seconds = 40 if thorough else 5
     night = Night(tmp_path, cache / "tokens")
     night.git("checkout", "-q", "main")
     lock = f'"{tmp_path}/%s.lock"'

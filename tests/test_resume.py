@@ -164,11 +164,10 @@ def scene(request, scenes):
 # Killed -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scene", ["climbmix", "folder"], indirect=True)
-def test_killed_at_any_moment_the_next_preparation_ends_the_same(scene, tmp_path, kills):
+def test_killed_at_any_moment_the_next_preparation_ends_the_same(scene, tmp_path, thorough):
     """Finished files keep inode and time; a shard resumes at the byte where its .part ended."""
-    for kill in range(kills):
+    for kill in range(30 if thorough else 4):
         cache = tmp_path / str(kill)
         if scene.hub:
             scene.hub.requests.clear()
