@@ -6,10 +6,12 @@ import random
 import re
 import time
 
+import pytest
 from conftest import HEADER, git, replace
 from night import BASELINE, COMMIT, CRASH, DISCARD, FAILS, KEEP, RESET, RUN, Night
 
 AGENTS = 4
+SECONDS = 40
 
 
 def settle(night, rng, command):
@@ -36,14 +38,14 @@ def experiment(night, rng):
     settle(night, rng, DISCARD)
 
 
-def live(night, number, seconds):
+def live(night, number):
     """What one agent does in its worktree, on its device."""
     rng, path, name = random.Random(number), night.path, f"gpu{number}"
     night.path, night.clone, night.edits = path / f"{name}-output", path / name, 100 * number
     night.path.mkdir()
     night.environ["LOCKS"] = str(path / name)
     night.must(RUN, BASELINE)
-    end = time.monotonic() + seconds
+    end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         experiment(night, rng)
     runs = night.runs()
@@ -53,8 +55,8 @@ def live(night, number, seconds):
     (path / f"{name}.json").write_text(json.dumps(night.rows))
 
 
-def test_agents_with_one_cache_lose_no_row_and_get_none_of_another(tmp_path, cache, thorough):
-    seconds = 40 if thorough else 5
+@pytest.mark.slow
+def test_agents_with_one_cache_lose_no_row_and_get_none_of_another(tmp_path, cache):
     night = Night(tmp_path, cache / "tokens")
     night.git("checkout", "-q", "main")
     lock = f'"{tmp_path}/%s.lock"'
@@ -66,7 +68,7 @@ def test_agents_with_one_cache_lose_no_row_and_get_none_of_another(tmp_path, cac
         night.git("worktree", "add", "-q", "-b", branch, tmp_path / name, "main")
 
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=live, args=(night, i, seconds)) for i in range(AGENTS)]
+    processes = [context.Process(target=live, args=(night, i)) for i in range(AGENTS)]
     for process in processes:
         process.start()
     for process in processes:

@@ -22,6 +22,7 @@ def read_results(out):
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_variants_are_interleaved_over_the_seeds(command, corpus, tmp_path):
     more = ["--variants", "recipe", "published", "--seeds", 1, 2, "--set", "NGRAM_CONTEXTS=()"]
     result = compare(command, corpus, tmp_path, *more)
@@ -57,6 +58,7 @@ def test_a_knob_that_is_not_there_is_named(command, corpus, tmp_path):
     assert "no knob DEPHT" in result.stdout
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_the_mean_of_the_last_steps(command, corpus, tmp_path):
     more = ["--variants", "recipe", "averaged", "--set", "NGRAM_CONTEXTS=()"]
     result = compare(command, corpus, tmp_path, *more)
