@@ -254,7 +254,7 @@ def test_a_keep_is_judged_against_the_best_of_all_branches(fleet):
 
 
 def test_a_ledger_of_another_device_is_shown_but_not_compared(fleet):
-    device = "H200, harness 0123456789ab, not H100, harness 0123456789ab"
+    device = "H200, harness 0123456789ab; first: H100, harness 0123456789ab"
     assert f"autoresearch/gpu2 is shown, but not compared: {device}\n" in fleet
     assert "on a better device" not in fleet
 
