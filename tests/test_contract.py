@@ -11,7 +11,6 @@ DOCUMENTED = [line.strip() for kind, text in BLOCKS if not kind for line in text
 
 
 def test_every_command_of_program_md_works_in_a_night(tmp_path, cache, thorough):
-    by_uv = thorough  # else forked, which is faster
     night = Night(tmp_path, cache / "tokens")
     night.git("checkout", "-q", "main")
     night.git("branch", "-D", BRANCH)
@@ -19,7 +18,7 @@ def test_every_command_of_program_md_works_in_a_night(tmp_path, cache, thorough)
 
     def do(*commands, fails=False):
         for command in commands:
-            status, text = night.do(command, real=by_uv)
+            status, text = night.do(command, real=thorough)
             assert status == int(fails), (command, text)
         return text
 
@@ -39,7 +38,7 @@ def test_every_command_of_program_md_works_in_a_night(tmp_path, cache, thorough)
     do(RUN, fails=True)
     do(RESET, CRASH)
     assert do("uv run prepare.py runs").count("an idea") == 3
-    audit = night.do("uv run prepare.py audit", real=by_uv)[1]
+    audit = night.do("uv run prepare.py audit", real=thorough)[1]
     assert set(re.findall("^row.*", audit, re.MULTILINE)) <= set(re.findall(".*worse by.*", audit))
     assert "its_row: " in do("uv run prepare.py log")
     assert "log crash: an idea" in do("git log --oneline -5")

@@ -48,7 +48,7 @@ def execute(clone):
     shipped = notebook.cells
 
     def run(ledger, cache, also=""):
-        names = [str(name) for name in (ledger if isinstance(ledger, list) else [ledger])]
+        names = ledger if isinstance(ledger, list) else [str(ledger)]
         settings = "import os, sys; sys.dont_write_bytecode = True; "
         settings += f"os.environ['AUTORESEARCH_CACHE'] = {str(cache)!r}; LEDGERS = {names!r}"
         new_cell = nbformat.v4.new_code_cell

@@ -15,8 +15,7 @@ SITTING = ROOT / "dev" / "gpu_sitting.py"
 
 def compare(command, corpus, out, *more, seconds=1):
     common = ["--small", "--seconds", seconds, "--corpus", corpus.folder, "--out", out]
-    # one thread, for another test runs beside it
-    return command(SITTING, "compare", *common, *more, timeout=900, OMP_NUM_THREADS=1)
+    return command(SITTING, "compare", *common, *more, timeout=900)
 
 
 def read_results(out):
