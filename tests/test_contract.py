@@ -43,5 +43,7 @@ def test_every_command_of_program_md_works_in_a_night(tmp_path, cache, thorough)
     assert "its_row: " in do("uv run prepare.py log")
     assert "log crash: an idea" in do("git log --oneline -5")
     assert "train.py" in do("git show autoresearch/<tag>/<commit>")
+    do("git restore -s autoresearch/<tag>/<commit> -SW train.py")
+    assert night.git("diff", "--cached", "--name-only") == "train.py"
     night.verify()
     assert set(DOCUMENTED) <= night.executed
