@@ -1,278 +1,181 @@
-"""Train a GPT for five minutes and print its val_bpb. An agent may change everything in this file.
+"""Train a GPT for five minutes and print its val_bpb. The agent's file: everything in it may change.
 
-uv run train.py                        # the default corpus of this machine, seed 42
+uv run train.py                        # the corpus that this machine prefers, seed 42
 uv run train.py --corpus FOLDER        # your own text
+uv run train.py --help
 """
 
-import atexit
 import gc
 import logging
 import math
 import os
+import random
 import re
-import shlex
 import shutil
-import tempfile
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import repeat
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages save page faults on a CPU
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils._triton import has_triton
 
 from harness.run import Run, training_run
-from prepare import get_device, make_dataloader, train_documents
+from prepare import get_device, make_dataloader
 
-# Knobs --------------------------------------------------------------------------------------------
-
-CUDA = get_device().type == "cuda"  # a CPU sees far fewer tokens and needs other values
+# ----------------------------------------------------------------------------------------------------------------------
+# Knobs
 
 # model
-DEPTH = 9 if CUDA else 4  # blocks
-ASPECT_RATIO = 57 if CUDA else 48  # width per block; the width is rounded up to whole heads
-HEAD_DIM = 128 if CUDA else 64  # width of an attention head
-WINDOW_PATTERN = "SSSSL" if CUDA else "SSSL"  # S: short window, L: all the context; last block: L
-SHORT_WINDOW = 1 / 8 if CUDA else 1 / 2  # short window, as a part of the context
-ROTARY_BASE = 200_000  # base of the rotary frequencies
-SMEAR = (0.25, 0.0) if CUDA else (0.5, 0.5)  # part of (attention, MLP) input from one token back
-SOFT_CAP = 15.0 if CUDA else 0.0  # bound of the logits; 0: none
-X0_LAMBDA = 0.05  # initial weight of the embedding in the input of each block
-QK_SCALE = 1.0  # factor of the attention's logits
-VALUE_EVERY = 2  # value embeddings in every n-th block, counted back from the last
-GATE_CHANNELS = 32  # channels that decide how much of the value embeddings a head takes
-GATE_SCALE = 2.0  # most that a head takes
-MATRIX_INIT = 0.68  # bound of the blocks' initial weights, times √(3 / width)
-
-# n-gram tables
-NGRAM_CONTEXTS = () if CUDA else (1, 2, 3, 4, 6, 8)  # lengths in tokens; (): no tables
-NGRAM_MATCHES = 3  # longest matching contexts that give candidates
-NGRAM_CANDIDATES = 6  # most frequent next tokens kept for a context
-NGRAM_PART = 0.5  # part of each shard that is counted; the model trains on the rest
-NGRAM_MAX_TOKENS = 2**27 if CUDA else 2**25  # no more tokens are counted
-NGRAM_ROWS = 2**22  # rows of a table; each holds one context
+DEPTH = 8  # blocks
+ASPECT_RATIO = 64  # width per block; the width is DEPTH * ASPECT_RATIO rounded up to whole heads
+HEAD_DIM = 128  # width of an attention head
+WINDOW_PATTERN = "SSSL"  # repeated over the blocks: S sees half of the context, L all of it; the last block is L
+SOFT_CAP = 15.0  # logits are squeezed into ±SOFT_CAP
 
 # batch
-TOTAL_BATCH_SIZE = 2**18 if CUDA else 2**12  # tokens a step
-DEVICE_BATCH_SIZE = 128 if CUDA else 16  # rows a micro-batch; fewer if memory is short
-HEAD_CHUNK = 2**15 if CUDA else 2**10  # tokens whose logits are in memory at a time
+TOTAL_BATCH_SIZE = 2**19  # tokens a step
+DEVICE_BATCH_SIZE = 128  # rows a micro-batch; halved by itself if it does not fit memory
+HEAD_CHUNK = 2**15  # tokens whose logits are in memory at a time
 
-# optimizer: Muon for the matrices of the blocks
-MATRIX_LR = 0.04 if CUDA else 0.028  # times √(rows / columns) for a tall matrix
-WEIGHT_DECAY = 0.2  # times (1 - progress)^DECAY_POWER
-DECAY_POWER = 1
-MUON_MOMENTUM = (0.85, 0.95)  # at the start and after the warm-up
-MUON_WARMUP = 0.15 if CUDA else 0.4  # first part of the budget, in which momentum rises
-MUON_BETA2 = 0.95  # decay rate of NorMuon's variance; 0: no variance reduction
+# optimizer: AdamW for embeddings, head and scalars, Muon for the matrices of the blocks
+EMBEDDING_LR = 0.6  # at width 768; scaled by (width / 768)^-½
+HEAD_LR = 0.004  # likewise
+SCALAR_LR = 0.5  # of the first embedding's scalars; the residual ones get a hundredth
+ADAM_BETAS = (0.8, 0.95)
+ADAM_EPS = 1e-10
+MATRIX_LR = 0.04  # times √(rows/cols) for a tall matrix
+MUON_MOMENTUM = (0.85, 0.95, 300)  # from, to, over so many steps
+MUON_BETA2 = 0.95  # of the variance that NorMuon evens out
+WEIGHT_DECAY = 0.2  # of the matrices, falls linearly to 0
 
-# optimizer: AdamW for the rest; ° scales a rate by (width / 768)^-½
-HEAD_LR = 0.005 if CUDA else 0.0035  # °
-HEAD_DECAY = 0.01  # weight decay of the head
-EMBEDDING_LR = 0.9 if CUDA else 0.63  # ° of token and value embeddings
-EMBEDDING_DECAY = 0.001  # weight decay of the token embedding
-VALUE_DECAY = 0.003  # weight decay of the value embeddings
-NGRAM_GATE_LR = 0.00035  # ° of the gate of the n-gram candidates
-SCALAR_LR = 0.5  # of x0_lambdas; resid_lambdas get a hundredth
-ADAM_BETAS = (0.8, 0.95)  # decay rates of the gradient's mean and mean square
-ADAM_EPS = 1e-10  # keeps from dividing by 0
+# schedule, as parts of the budget
+WARMUP = 0.0
+WARMDOWN = 0.5
+FINAL_LR = 0.0  # at the end, as a part of the full rate
 
-# schedule
-WARMDOWN = 0.75 if CUDA else 0.5  # last part of the budget, in which the learning rates fall
-FINAL_LR = 0.05 if CUDA else 0.0  # part of the learning rates that remains at the end
+# A CPU gets through less than a hundredth of the tokens, so it gets a smaller model and batch.
+if get_device().type == "cpu":
+    DEPTH = 4
+    TOTAL_BATCH_SIZE = 2**14
+    DEVICE_BATCH_SIZE = 16
+    HEAD_CHUNK = 2**10
 
-# torch.compile: "cpp.vec_isa_ok" skips a slow test of a CPU's vector instructions
-COMPILE_OPTIONS = {} if CUDA else {"cpp.vec_isa_ok": True}
-
-# Device -------------------------------------------------------------------------------------------
-
-# Dense bf16 TFLOP/s with float32 sums, by a pattern of the device's name. Sources: NVIDIA's
-# datasheets, and its whitepapers on GA102, Ada and Blackwell.
-PEAK_TFLOPS = {
-    r"A100\b": 312,
-    r"H100 PCIe": 756,
-    r"H[12]00 NVL": 835.5,
-    r"(G?H200|H100)\b": 989.5,
-    r"B200\b": 2250,
-    r"L4$": 121,
-    r"L40S$": 362,
-    r"RTX 3090$": 71,
-    r"RTX 4090$": 165.2,
-    r"RTX 5090$": 209.5,
-    r"RTX PRO 6000 Blackwell Workstation": 503.8,
-}
-
-
-def peak_flops(device: torch.device) -> float:
-    """Return the device's dense bf16 peak in FLOP/s, 0 if it is unknown."""
-    if device.type == "cpu":
-        return 0.0
-    name = torch.cuda.get_device_name()
-    if re.search(r"MIG|-\d+[CQ]$", name):  # a slice of a GPU
-        return 0.0
-    for pattern, tflops in PEAK_TFLOPS.items():
-        if re.search(rf"\b{pattern}", name):
-            return tflops * 1e12
-    return 0.0
-
-
-def set_up_compiler(device: torch.device) -> None:
-    """Give torch.compile a folder, and discard what a killed process left in it."""
-    name = torch.cuda.get_device_properties(device).uuid if CUDA else "cpu"
-    folder = Path(tempfile.gettempdir(), f"autoresearch-{os.getuid()}-{name}")
-    in_use = folder / "in_use"
-    if in_use.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(exist_ok=True)
-    in_use.touch()
-    atexit.register(in_use.unlink, missing_ok=True)
-    # PyTorch keeps its precompiled headers in the folder for temporary files, so that moves, too.
-    tempfile.tempdir = os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-
-    from torch.utils import cpp_extension
-
-    # PyTorch 2.11 quotes only one of the two paths that it hands to the compiler.
-    cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
-
-
-def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
-    """Return the dtype to compute in, whether to compile, and why not, if it should."""
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if device.type == "cpu" and not has_bf16:
-        return torch.float32, False, ""
-    try:
-        set_up_compiler(device)
-        torch.compile(torch.exp)(torch.ones(8, device=device))
-        return torch.bfloat16, True, ""
-    except Exception as error:  # no compiler, or one that can't write, link or load
-        # What the compiler put out, if anything, else the error itself.
-        *_, reason = re.findall(r"Output:\n(.+)", f"Output:\n{type(error).__name__}: {error}")
-        return torch.bfloat16, False, f"torch.compile does not work: {reason:.200}"
-
-
-# Attention ----------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention: softmax(q·k / √d) v over each position and the `window` positions before it, by the fastest way there is
 
 FLASH_KERNEL = {"repo_id": "kernels-community/flash-attn3", "revision": "v1"}  # on the kernel hub
+BACKENDS = ("flash3", "flex", "sdpa", "matmul")
+FORCED_BACKEND = os.environ.get("AUTORESEARCH_ATTENTION")  # one of them
+
+
+def choose_attention(device: torch.device, compiled: bool) -> tuple[str, str]:
+    """Return one of BACKENDS, and why. Raises SystemExit if the one that is forced does not work."""
+    if FORCED_BACKEND:
+        try:
+            try_attention(FORCED_BACKEND, device)
+        except Exception as error:
+            raise SystemExit(f"AUTORESEARCH_ATTENTION={FORCED_BACKEND} does not work: {in_a_line(error)}") from None
+        return FORCED_BACKEND, "AUTORESEARCH_ATTENTION says so"
+    if device.type == "cpu":
+        return "matmul", "on a CPU it takes less time than scaled_dot_product_attention, half the time when compiled"
+    if not compiled:
+        return "sdpa", "FlexAttention has to be compiled"
+    if torch.cuda.get_device_capability() != (9, 0):
+        return "flex", "flash-attention 3 is made for Hopper GPUs alone"
+    try:
+        try_attention("flash3", device)
+    except Exception as error:  # no network, no build for this PyTorch, a broken file: the run goes on without it
+        return "flex", f"flash-attention 3 does not work: {in_a_line(error)}"
+    return "flash3", "its kernel loaded and computes what it should"
 
 
 @cache
-def load_flash3() -> Callable:
-    """Return flash-attention 3, downloaded at its first use. Raises whatever is in the way."""
+def flash_attention() -> Callable:
+    """Load flash-attention 3, without asking the hub where it was downloaded before. Raises whatever is in the way."""
     import requests
     from huggingface_hub import constants, utils
-    from kernels import get_local_kernel, install_kernel
-
-    def download():
-        requests.head(constants.ENDPOINT, timeout=3)  # fails sooner than the hub's client
-        print(f"downloading {FLASH_KERNEL['repo_id']}, once", flush=True)
-        utils.disable_progress_bars()
-        return install_kernel(**FLASH_KERNEL)
+    from kernels import get_kernel, get_local_kernel, install_kernel
 
     logging.getLogger("kernels").setLevel(logging.ERROR)
+    if FLASH_KERNEL["repo_id"] in os.environ.get("LOCAL_KERNELS", ""):  # repository=folder, a build of your own
+        return get_kernel(**FLASH_KERNEL).flash_attn_func
     try:
         path = install_kernel(**FLASH_KERNEL, local_files_only=True)
     except Exception:
         if constants.HF_HUB_OFFLINE:
             raise
-        path = ThreadPool(1).apply_async(download).get(60)  # a hub that hangs must not hang the run
+        pool, url = ThreadPool(2), f"{constants.ENDPOINT}/api/organizations/kernels-community/overview"
+        pool.apply_async(requests.get, [url], {"timeout": 2}).get(3).raise_for_status()  # looking up a name may hang
+        print(f"downloading {FLASH_KERNEL['repo_id']}, once", flush=True)
+        utils.disable_progress_bars()
+        path = pool.apply_async(install_kernel, kwds=FLASH_KERNEL).get(60)
     return get_local_kernel(path).flash_attn_func
 
 
-def allow_window(window: int) -> Callable:
-    """Return FlexAttention's mask_mod that shows a query itself and `window` keys before it."""
-    # A closure, because torch.compile does not guard default arguments.
+def in_a_line(error: BaseException) -> str:
+    """The first line of an error, or of its cause: those of the compiler say more in it."""
+    error = error.__cause__ or error
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")  # a TimeoutError says no more
+
+
+def try_attention(backend: str, device: torch.device) -> None:
+    """Raise RuntimeError if outputs or gradients of a small input are not those of `matmul`."""
+    draw = torch.Generator(device).manual_seed(0)  # the run's own random state stays as it was
+    q, k, v, direction = torch.randn(4, 2, 256, 2, HEAD_DIM, device=device, generator=draw).bfloat16()
+    inputs, results = [x.requires_grad_() for x in (q, k, v)], []
+    for name in (backend, "matmul"):
+        y = Attention(name, 256, {100}, device)(*inputs, 100)
+        results.append([y, *torch.autograd.grad(y, inputs, direction)])
+    for seen, expected in zip(*results, strict=True):
+        if not (seen - expected).norm() < 0.02 * expected.norm():
+            raise RuntimeError(f"its results are wrong by {(seen - expected).norm() / expected.norm():.0%}")
+
+
+def visible(window: int) -> Callable:
+    """Whether a query may see a key, as FlexAttention asks. A closure: torch.compile guards no default arguments."""
     return lambda batch, head, query, key: (key <= query) & (key >= query - window)
 
 
 class Attention:
-    """softmax(q·k / √d) v over each position and the `window` positions before it."""
+    """The chosen backend, with what it needs for rows of `length` tokens. q, k, v and the result: (B, T, H, D)."""
 
     def __init__(self, backend: str, length: int, windows: set[int], device: torch.device):
         self.backend = backend
-        self.masks = {}
-        if backend == "flash3":
-            self.flash3 = load_flash3()
-            return
         positions = torch.arange(length, device=device)
-        for window in windows:
-            allowed = allow_window(window)
-            if backend == "flex":
-                mask = create_block_mask(allowed, None, None, length, length, device=device)
-            else:  # a term added to the scores
-                visible = allowed(0, 0, positions[:, None], positions)
-                mask = torch.where(visible, 0.0, -math.inf)
-            self.masks[window] = mask
+        if backend == "flash3":
+            self.flash = flash_attention()
+        elif backend == "flex":
+            block_mask = partial(create_block_mask, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device)
+            self.masks = {w: block_mask(visible(w)) for w in windows}
+        else:
+            masks = {w: visible(w)(0, 0, positions[:, None], positions) for w in windows}
+            self.masks = {w: torch.where(mask, 0.0, -math.inf) for w, mask in masks.items()}  # added to the scores
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """q, k, v and the result: (B, T, H, D). Only sdpa and matmul take a T below `length`."""
         if self.backend == "flash3":
-            y = self.flash3(q, k, v, causal=True, window_size=(window, 0))
+            y = self.flash(q, k, v, causal=True, window_size=(window, 0))
             return y[0] if isinstance(y, tuple) else y
-
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        mask = self.masks[window]
+        seen = slice(q.size(2))  # a row may be shorter than `length`, but not for flex
         if self.backend == "flex":
-            return flex_attention(q, k, v, block_mask=mask).transpose(1, 2)
-
-        mask = mask[: q.size(2), : q.size(2)]
-        if self.backend == "sdpa":
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
+            y = flex_attention(q, k, v, block_mask=self.masks[window])
+        elif self.backend == "sdpa":
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[window][seen, seen].to(q.dtype))
         else:
-            scores = (q @ k.mT).float() * q.size(-1) ** -0.5 + mask
+            scores = (q @ k.mT).float() * q.size(-1) ** -0.5 + self.masks[window][seen, seen]
             y = scores.softmax(-1).to(v.dtype) @ v
         return y.transpose(1, 2)
 
 
-def probe_attention(backend: str, device: torch.device, compiled: bool) -> None:
-    """Raise an error unless a backend gives the outputs and gradients of matmul."""
-    length, window = 256, 100
-    generator = torch.Generator(device).manual_seed(0)  # keeps the run's random state
-    shape = (4, 2, length, 2, HEAD_DIM)
-    *inputs, grad = torch.randn(shape, device=device, generator=generator).bfloat16()
-    for x in inputs:
-        x.requires_grad_()
-
-    results = []
-    for name in (backend, "matmul"):
-        attention = Attention(name, length, {window}, device)
-        if compiled and not results:
-            attention = torch.compile(attention, dynamic=False)
-        y = attention(*inputs, window)
-        results.append([y, *torch.autograd.grad(y, inputs, grad)])
-
-    for seen, expected in zip(*results, strict=True):
-        error = (seen - expected).norm() / expected.norm()
-        if not error < 0.02:
-            raise RuntimeError(f"its results are wrong by {error:.0%}")
-
-
-def choose_attention(device: torch.device, compiled: bool) -> tuple[str, str]:
-    """Return the best backend that works, and why no better one does."""
-    if device.type == "cpu":
-        return "matmul", ""
-
-    candidates = ["flex"] if compiled else []
-    if torch.cuda.get_device_capability() == (9, 0):  # Hopper
-        candidates.insert(0, "flash3")
-    problems = []
-    for backend in candidates:
-        try:
-            probe_attention(backend, device, compiled)
-            return backend, "; ".join(problems)
-        except Exception as error:  # no network, no build for this PyTorch, a broken file
-            problems.append(f"{backend} does not work: {error!r:.200}")
-    return "sdpa", "; ".join(problems) or "FlexAttention needs torch.compile"
-
-
-# Model --------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
 
 
 @dataclass
@@ -288,20 +191,19 @@ class Config:
 
     @property
     def width(self) -> int:
-        """Channels, a multiple of head_dim."""
-        return math.ceil(self.depth * self.aspect_ratio / self.head_dim) * self.head_dim
+        return -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim
 
     @property
     def windows(self) -> list[int]:
-        """How many earlier positions each block sees."""
-        sizes = {"S": int(self.seq_len * SHORT_WINDOW), "L": self.seq_len}
-        pattern = self.window_pattern * self.depth
-        return [sizes[letter] for letter in pattern[: self.depth - 1] + "L"]
+        """How many positions before its own each block sees."""
+        sizes = {"S": self.seq_len // 2, "L": self.seq_len}
+        pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth - 1)]
+        return [sizes[letter] for letter in [*pattern, "L"]]
 
     @property
     def value_blocks(self) -> range:
-        """Blocks with value embeddings, the last included."""
-        return range((self.depth - 1) % VALUE_EVERY, self.depth, VALUE_EVERY)
+        """Blocks with value embeddings: every other one, the last among them."""
+        return range((self.depth - 1) % 2, self.depth, 2)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -309,289 +211,131 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def smear(x: Tensor, part: float) -> Tensor:
-    """Take the first part of the channels of x (B, T, width) from the position before."""
-    size = int(part * x.size(-1))
-    if size == 0:
-        return x
-    before = F.pad(x[:, :-1, :size], (0, 0, 1, 0))
-    return torch.cat([before, x[..., size:]], dim=-1)
-
-
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Apply the rotary position embedding to x (B, T, H, D); rotary: (2, T, 1, D/2)."""
-    cos, sin = rotary
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x (B, T, H, D); cos and sin: (T, 1, D/2)."""
     a, b = x.chunk(2, dim=-1)
-    left = a * cos + b * sin
-    right = b * cos - a * sin
-    return torch.cat([left, right], dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
 class Block(nn.Module):
-    """Attention and MLP. Value embeddings join v through a gate for each head."""
+    """Attention and MLP. A block with value embeddings mixes them into v through a gate for each head."""
 
     def __init__(self, config: Config, index: int):
         super().__init__()
-        width = config.width
-        self.head_dim = config.head_dim
-        self.window = config.windows[index]
-        self.qkv = nn.Parameter(torch.empty(3, width, width))  # three matrices for Muon
+        width, self.head_dim, self.window = config.width, config.head_dim, config.windows[index]
+        self.qkv = nn.Parameter(torch.empty(3, width, width))  # one product; three matrices for Muon
         self.attention_out = nn.Linear(width, width, bias=False)
         self.mlp_in = nn.Linear(width, 4 * width, bias=False)
         self.mlp_out = nn.Linear(4 * width, width, bias=False)
         if index in config.value_blocks:
-            self.gate = nn.Linear(GATE_CHANNELS, width // self.head_dim, bias=False)
+            self.gate = nn.Linear(32, width // self.head_dim, bias=False)
 
-    def forward(
-        self, x: Tensor, values: Tensor | None, rotary: Tensor, attention: Attention
-    ) -> Tensor:
-        """x, values and the result: (B, T, width)."""
-        y = smear(norm(x), SMEAR[0])
-        qkv = F.linear(y, self.qkv.flatten(0, 1))
-        qkv = qkv.unflatten(-1, (3, -1, self.head_dim))
-        q, k, v = qkv.unbind(-3)
+    def forward(self, x: Tensor, values: Tensor | None, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        y = norm(x)
+        q, k, v = F.linear(y, self.qkv.flatten(0, 1)).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
         if values is not None:
-            gate = GATE_SCALE * torch.sigmoid(self.gate(y[..., :GATE_CHANNELS]))
-            values = values.unflatten(-1, (-1, self.head_dim))
-            v = v + gate.unsqueeze(-1) * values
-        q = norm(rotate(q, rotary)) * QK_SCALE
-        k = norm(rotate(k, rotary))
-        y = attention(q, k, v, self.window)
-        x = x + self.attention_out(y.flatten(-2))
-
-        y = smear(norm(x), SMEAR[1])
-        return x + self.mlp_out(F.relu(self.mlp_in(y)).square())
+            gate = 2 * torch.sigmoid(self.gate(y[..., :32]))
+            v = v + gate.unsqueeze(-1) * values.unflatten(-1, (-1, self.head_dim))
+        q, k = norm(rotate(q, *rotary)), norm(rotate(k, *rotary))
+        x = x + self.attention_out(attention(q, k, v, self.window).flatten(-2))
+        return x + self.mlp_out(F.relu(self.mlp_in(norm(x))).square())
 
 
-class GPT(nn.Module):
-    """The model. Its attention may be replaced by another one with the same windows."""
-
-    def __init__(self, config: Config, attention: Attention, dtype: torch.dtype, ngrams=None):
-        super().__init__()
-        self.config = config
-        self.attention = attention
-        self.dtype = dtype
-        self.ngrams = ngrams
-        vocab_size, width, depth = config.vocab_size, config.width, config.depth
-        self.embedding = nn.Embedding(vocab_size, width)
-        values = len(config.value_blocks) * width
-        self.value_embeddings = nn.Embedding(vocab_size, values)  # of all blocks in one look-up
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(depth))
-        self.head = nn.Linear(width, vocab_size, bias=False)
-        self.resid_lambdas = nn.Parameter(torch.ones(depth))
-        self.x0_lambdas = nn.Parameter(torch.full((depth,), X0_LAMBDA))
-
-        exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-        positions = torch.arange(config.seq_len).float()
-        angle = torch.outer(positions, ROTARY_BASE**-exponent)[:, None]
-        rotary = torch.stack([angle.cos(), angle.sin()]).to(dtype)
-        self.register_buffer("rotary", rotary, persistent=False)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Start output projections and gates at zero, so that every block is the identity."""
-        bound = math.sqrt(3 / self.config.width)
-        nn.init.normal_(self.embedding.weight, std=1.0)
-        nn.init.normal_(self.head.weight, std=0.001)
-        nn.init.uniform_(self.value_embeddings.weight, -bound, bound)
-        self.value_embeddings.to(self.dtype)
-        self.embedding.to(self.dtype)
-
-        zero = ("attention_out", "mlp_out", "gate")
-        for name, weight in self.blocks.named_parameters():
-            size = 0.0 if name.split(".")[1] in zero else MATRIX_INIT * bound
-            nn.init.uniform_(weight, -size, size)
-
-    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return logits, float32 (B, T, vocab), of ids (B, T); with targets the mean loss."""
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            x = norm(self.embedding(ids))
-            if self.ngrams:
-                embedding, candidates, weights = self.ngrams(ids)
-                x = x + embedding.to(x.dtype)
-            x0 = x
-            rotary = self.rotary[:, : ids.size(1)]
-            values = iter(self.value_embeddings(ids).split(self.config.width, -1))
-            for i, block in enumerate(self.blocks):
-                own_values = next(values) if i in self.config.value_blocks else None
-                x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
-                x = block(x, own_values, rotary, self.attention)
-            x = norm(x)
-            bonus = []
-            if self.ngrams:
-                bonus = [candidates, weights * F.linear(x, self.ngrams.gate).float()]
-            if targets is None:
-                return cap_logits(self.head(x), *bonus)
-
-        x = x.flatten(0, 1).to(self.dtype)
-        weight = self.head.weight.to(self.dtype)
-        bonus = [tensor.flatten(0, 1) for tensor in bonus]
-        return ChunkedLoss.apply(x, weight, targets.flatten(), *bonus)
-
-    def flops_per_token(self) -> int:
-        """Count the FLOPs of forward and backward; all of a window counts, as in PaLM.
-
-        Source: appendix B of https://arxiv.org/abs/2204.02311.
-        """
-        weights = 0
-        for name, p in self.named_parameters():
-            if name.startswith(("blocks", "head", "ngrams")):
-                weights += p.numel()
-        return 6 * weights + 12 * self.config.width * sum(self.config.windows)
+def soft_cap(logits: Tensor) -> Tensor:
+    """SOFT_CAP · tanh(logits / SOFT_CAP) in float32, by exp: on a CPU tanh takes three times as long."""
+    return SOFT_CAP - 2 * SOFT_CAP / (1 + torch.exp(logits.float() * (2 / SOFT_CAP)))
 
 
-def cap_logits(logits: Tensor, *bonus: Tensor) -> Tensor:
-    """Add the bonus, then return SOFT_CAP · tanh(logits / SOFT_CAP), float32 (..., vocab).
+class CappedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of the soft-capped logits x @ weight.T, HEAD_CHUNK tokens at a time.
 
-    bonus: nothing, or candidates, int64 (..., n), and what to add to their logits, float32.
+    The gradients come with the loss, so no logits are kept for a backward pass. x (N, width), weight (vocab, width),
+    targets (N,). Capped logits need no maximum taken off before exp.
     """
-    logits = logits.float()
-    if bonus:
-        logits = logits.scatter_add(-1, *bonus)
-    if not SOFT_CAP:
-        return logits.clamp(-70, 70)  # float32 holds sums of e^70
-    return 2 * SOFT_CAP * torch.sigmoid(logits * (2 / SOFT_CAP)) - SOFT_CAP
-
-
-def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, *bonus: Tensor) -> Tensor:
-    """Return the summed cross-entropy of some tokens; autograd differentiates it.
-
-    x: (N, width). weight: (vocab, width). targets: (N,). bonus: as for cap_logits.
-    """
-    logits = cap_logits(x @ weight.T, *bonus)
-    exp_sum = torch.exp2(logits * math.log2(math.e)).sum(-1)  # faster than exp on a CPU
-    tokens = torch.arange(len(weight), device=x.device, dtype=torch.int32)
-    is_target = targets[:, None].int() == tokens
-    return exp_sum.log().sum() - (logits * is_target).sum()
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """Mean of chunk_loss, HEAD_CHUNK tokens at a time. It keeps gradients instead of logits."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, *bonus: Tensor) -> Tensor:
-        total, weight_grad, grads = 0.0, 0.0, []
-        inputs = (0, 1, 4) if bonus else (0, 1)  # x, weight, and what is added to the logits
-        compute = torch.func.grad_and_value(chunk_loss, argnums=inputs)
-        tensors = (tensor.split(HEAD_CHUNK) for tensor in (x, targets, *bonus))
-        for part, *rest in zip(*tensors, strict=True):
-            (x_grad, part_grad, *bonus_grad), loss = compute(part, weight, *rest)
-            weight_grad = weight_grad + part_grad.float()
-            grads.append((x_grad, *bonus_grad))
-            total = total + loss
-        x_grad, *bonus_grad = (torch.cat(parts) for parts in zip(*grads, strict=True))
-        ctx.save_for_backward(x_grad, weight_grad, *bonus_grad)
-        ctx.tokens = len(x)
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total, x_grads, weight_grad = 0.0, [], 0.0
+        for part, target in zip(x.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+            logits, target = soft_cap(part @ weight.T), target[:, None]
+            exp = logits.exp()
+            exp_sum = exp.sum(-1, keepdim=True)
+            total = total + (exp_sum.log() - logits.gather(1, target)).sum()
+            hit = (target == torch.arange(logits.size(1), device=logits.device)).float()
+            grad = ((exp / exp_sum - hit) * (1 - (logits / SOFT_CAP).square()) / len(x)).to(x.dtype)
+            x_grads.append(grad @ weight)
+            weight_grad = weight_grad + (grad.T @ part).float()
+        ctx.save_for_backward(torch.cat(x_grads), weight_grad)
         return total / len(x)
 
     @staticmethod
-    def backward(ctx, factor: Tensor) -> tuple:
-        grads = (grad * (factor / ctx.tokens) for grad in ctx.saved_tensors)
-        x_grad, weight_grad, *bonus_grad = grads
-        return x_grad, weight_grad, None, *([None, *bonus_grad] if bonus_grad else [])
+    def backward(ctx, factor: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_grad, weight_grad = ctx.saved_tensors
+        return x_grad * factor, weight_grad * factor, None
 
 
-# N-gram tables ------------------------------------------------------------------------------------
+class GPT(nn.Module):
+    """Called with ids (B, T) it returns logits, float32 (B, T, vocab); with targets too, the mean cross-entropy."""
 
-
-def hash_contexts(ids: Tensor, context: int) -> Tensor:
-    """Hash the last `context` tokens at each position of ids (B, T): int64, below 2^39.
-
-    Zeros stand before the first token.
-    """
-    hashes = ids
-    for back in range(1, context):
-        hashes = hashes * 26544357 & (2**38 - 1)  # the factor is odd and below 2^25
-        hashes[:, back:] += ids[:, :-back]
-    return hashes
-
-
-def sort(values: Tensor) -> Tensor:
-    """Return values (n,) in ascending order, on a CPU in place: NumPy sorts faster there."""
-    if values.is_cuda:
-        return values.sort().values
-    values.numpy().sort()
-    return values
-
-
-def fill_table(table: Tensor, context: int, ids: Tensor) -> None:
-    """Fill a table of NgramTables with what follows each context of one length in ids (N, T)."""
-    contexts = hash_contexts(ids, context)[:, :-1]
-    pairs = sort(torch.add(ids[:, 1:], contexts, alpha=2**15).flatten())
-    pairs, counts = pairs.unique_consecutive(return_counts=True)
-    contexts, index, sizes = (pairs >> 15).unique_consecutive(True, True)  # inverse and counts
-    totals = torch.zeros_like(contexts).index_add_(0, index, counts)
-
-    # A row belongs to the most frequent of its contexts.
-    row = contexts % NGRAM_ROWS
-    claim = totals * 2**32 + torch.arange(len(row), device=row.device)
-    best = claim.new_zeros(NGRAM_ROWS).scatter_reduce_(0, row, claim, "amax")
-    wins = best[row] == claim
-    table[row[wins], 0] = (contexts[wins] // NGRAM_ROWS + 1).int()
-
-    # Within a context the most frequent token comes first.
-    order = index * 2**20 + 2**20 - counts.clamp(max=0xFFFFF)
-    order = sort(order * 2**15 + (pairs & 0x7FFF))
-    place = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[index]
-    kept = wins[index] & (place < NGRAM_CANDIDATES)
-    order, index, place = order[kept], index[kept], place[kept]
-    count = 2**20 - (order >> 15 & 0xFFFFF)
-    weight = (count / (totals[index] + 1)).sqrt()  # less for rare contexts
-    packed = (order & 0x7FFF) * 2**16 + (weight * 2**16).long()
-    table[row[index], 1 + place] = packed.int()
-
-
-class NgramTables(nn.Module):
-    """Candidates for the next token: those that most often followed the last few tokens.
-
-    Of all context lengths the longest that match give candidates.
-    """
-
-    def __init__(self, vocab_size: int, width: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: Config, attention: Attention, dtype: torch.dtype):
         super().__init__()
-        self.gate = nn.Parameter(torch.zeros(NGRAM_MATCHES * NGRAM_CANDIDATES, width))
-        draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-        self.projection = draw(vocab_size, math.ceil(width / NGRAM_MATCHES)).to(device, dtype)
-        self.level_projection = draw(1 + len(NGRAM_CONTEXTS), width).to(device, dtype)
+        self.config, self.attention, self.dtype = config, attention, dtype
+        width, depth = config.width, config.depth
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        tables = {str(i): nn.Embedding(config.vocab_size, width) for i in config.value_blocks}
+        self.value_embeddings = nn.ModuleDict(tables)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(depth))
+        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self.residual_scales = nn.Parameter(torch.ones(depth))
+        self.first_scales = nn.Parameter(torch.full((depth,), 0.1))
+        frequency = 10_000 ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+        angle = torch.outer(torch.arange(config.seq_len).float(), frequency)[:, None]
+        self.register_buffer("cos", angle.cos().to(dtype), persistent=False)
+        self.register_buffer("sin", angle.sin().to(dtype), persistent=False)
+        self.init_weights()
 
-        # A row: its context's hash // NGRAM_ROWS + 1, or 0 if it is empty, then the candidates,
-        # each as token · 2^16 + weight · 2^16. Not a buffer: its digest would take seconds.
-        shape = (len(NGRAM_CONTEXTS), NGRAM_ROWS, 1 + NGRAM_CANDIDATES)
-        self.tables = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.final_tables = None  # of all training text
+    def init_weights(self) -> None:
+        """Output projections and gates start at zero, so that every block begins as the identity."""
+        bound = math.sqrt(3 / self.config.width)
+        nn.init.normal_(self.embedding.weight, std=1.0)
+        nn.init.normal_(self.head.weight, std=0.001)
+        for embedding in self.value_embeddings.values():
+            nn.init.uniform_(embedding.weight, -bound, bound)
+        for name, weight in self.blocks.named_parameters():
+            if name.split(".")[1] in ("attention_out", "mlp_out", "gate"):
+                nn.init.zeros_(weight)
+            else:
+                nn.init.uniform_(weight, -bound, bound)
+        for embedding in (self.embedding, *self.value_embeddings.values()):
+            embedding.to(self.dtype)
 
-    def fit(self, ids: Tensor) -> Tensor:
-        """Return tables for rows of text, int64 (N, T)."""
-        tables = torch.zeros_like(self.tables)
-        with ThreadPool(1 if CUDA else 2) as pool:
-            pool.starmap(fill_table, zip(tables, NGRAM_CONTEXTS, repeat(ids)))
-        return tables
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            rotary = self.cos[: ids.size(1)], self.sin[: ids.size(1)]
+            x = first = norm(self.embedding(ids))
+            for i, block in enumerate(self.blocks):
+                values = self.value_embeddings[str(i)](ids) if i in self.config.value_blocks else None
+                x = self.residual_scales[i] * x + self.first_scales[i] * first
+                x = block(x, values, rotary, self.attention)
+            x = norm(x)
+            if targets is None:
+                return soft_cap(self.head(x))
+        x, weight = x.flatten(0, 1).to(self.dtype), self.head.weight.to(self.dtype)
+        return CappedCrossEntropy.apply(x, weight, targets.flatten())
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the n-gram embedding of ids (B, T), and candidates with their weights.
+    def flops_per_token(self) -> int:
+        """Forward and backward: 6 per weight of a matrix, 12 per channel of attention and position of the window.
 
-        Candidates, int64, and weights, float32: (B, T, NGRAM_MATCHES · NGRAM_CANDIDATES), those of
-        the longest match first; a weight is 0 where nothing matches. Embedding: (B, T, width).
+        What the causal mask saves is not taken off, as in PaLM (https://arxiv.org/abs/2204.02311, appendix B).
         """
-        hashes = torch.stack([hash_contexts(ids, context) for context in NGRAM_CONTEXTS], dim=-1)
-        number = torch.arange(len(NGRAM_CONTEXTS), device=ids.device)
-        rows = hashes % NGRAM_ROWS
-        known = self.tables[number, rows, 0] == hashes // NGRAM_ROWS + 1
-        level = (known * (number + 1)).topk(NGRAM_MATCHES).values  # (B, T, matches), 0 if none
-        number = (level - 1).clamp(min=0)
-        packed = self.tables[number, rows.gather(-1, number), 1:]
-        candidates = (packed >> 16).long()
-        weights = (packed & 0xFFFF) * (level > 0)[..., None] / 2**16
-
-        projected = weights[..., None] * self.projection[candidates]
-        embedding = projected.sum(-2).flatten(2)[..., : self.gate.size(1)]
-        embedding = embedding + self.level_projection[level[..., 0]]
-        return embedding, candidates.flatten(2), weights.flatten(2)
+        matrices = sum(w.numel() for w in self.blocks.parameters()) + self.head.weight.numel()
+        return 6 * matrices + 12 * self.config.width * sum(self.config.windows)
 
 
-# Optimizer ----------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer and schedules
 
-# The polynomials of Polar Express, https://arxiv.org/abs/2505.16932, for a safety margin of 2 %.
+# Polar Express: the five polynomials of https://arxiv.org/abs/2505.16932 (Amsel et al., 2025) for a 2 % safety margin.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -601,204 +345,188 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the nearest matrices with singular values of about 1 to a stack (n, rows, cols)."""
+def orthogonalize(g: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Nearest matrix with all singular values about 1, for a stack (n, rows, cols) of them."""
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
-    if tall:
-        x = x.mT
-    size = x.norm(dim=(-2, -1), keepdim=True)
-    x = x / (size * 1.02 + 1e-6)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
 
 
-def muon_update(
-    p: Tensor, g: Tensor, velocity: Tensor, variance: Tensor, settings: dict, dtype: torch.dtype
-) -> None:
-    """Update the stack p (n, rows, cols), float32, in place, orthogonalizing in `dtype`.
+def muon_update(p: Tensor, g: Tensor, velocity: Tensor, variance: Tensor, settings: dict, dtype: torch.dtype) -> None:
+    """Update the stack p (n, rows, cols), float32, in place; orthogonalize in `dtype`. settings: the group's.
 
-    Muon (https://kellerjordan.github.io/posts/muon) with Nesterov momentum, NorMuon's variance
-    reduction (https://arxiv.org/abs/2510.05491) and cautious weight decay
-    (https://arxiv.org/abs/2510.12402). variance: (n, rows, 1), or (n, 1, cols) if wide.
+    Muon (https://kellerjordan.github.io/posts/muon) with Nesterov momentum, the variance of each neuron evened out
+    (NorMuon, https://arxiv.org/abs/2510.05491), and decay only where it agrees with the step (cautious weight decay,
+    https://arxiv.org/abs/2510.12402). variance: (n, rows, 1), or (n, 1, cols) for wide matrices.
     """
-    momentum = settings["momentum"]
+    lr, momentum = settings["lr"] * max(1.0, p.size(1) / p.size(2)) ** 0.5, settings["momentum"]
     velocity.lerp_(g, 1 - momentum)
     step = orthogonalize(g.lerp(velocity, momentum), dtype).float()
-
     size = step.norm(dim=(-2, -1), keepdim=True)
-    neuron_dim = -1 if variance.size(-1) == 1 else -2
-    mean_square = step.square().mean(neuron_dim, keepdim=True)
-    if MUON_BETA2:
-        variance.lerp_(mean_square, 1 - settings["beta2"])
-        step = step * variance.clamp(min=1e-10).rsqrt()
-    new_size = step.norm(dim=(-2, -1), keepdim=True)
-    step = step * (size / new_size.clamp(min=1e-10))
-
-    lr = settings["lr"] * max(1.0, p.size(1) / p.size(2)) ** 0.5
-    agrees = step * p >= 0
-    p.sub_(lr * (step + settings["weight_decay"] * agrees * p))
+    variance.lerp_(step.square().mean(-1 if variance.size(-1) == 1 else -2, keepdim=True), 1 - settings["beta2"])
+    step = step * variance.clamp(min=1e-10).rsqrt()
+    step = step * (size / step.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+    agree = (step * p >= 0).to(p.dtype)
+    p.sub_(lr * (step + settings["weight_decay"] * agree * p))
 
 
-def adamw_update(
-    p: Tensor, g: Tensor, mean: Tensor, square: Tensor, step: Tensor, settings: dict
-) -> None:
-    """Update p, of any dtype, in place as AdamW (https://arxiv.org/abs/1711.05101) in float32."""
+def adamw_update(p: Tensor, g: Tensor, mean: Tensor, square: Tensor, step: Tensor | int, settings: dict) -> None:
+    """Update p in place as AdamW (https://arxiv.org/abs/1711.05101), in float32 whatever p's dtype is."""
     lr, beta1, beta2 = settings["lr"], settings["beta1"], settings["beta2"]
     g = g.float()
     mean.lerp_(g, 1 - beta1)
     square.lerp_(g.square(), 1 - beta2)
     denominator = (square / (1 - beta2**step)).sqrt() + settings["eps"]
-    decayed = p.float() * (1 - lr * settings["weight_decay"])
-    p.copy_(decayed - lr / (1 - beta1**step) * mean / denominator)
+    p.copy_(p.float() * (1 - lr * settings["weight_decay"]) - lr / (1 - beta1**step) * mean / denominator)
 
 
-def stack_matrices(tensors: list[Tensor]) -> Tensor:
-    """Copy matrices and stacks of them, all of one shape, into one stack (n, rows, cols)."""
-    shape = tensors[0].shape[-2:]
-    return torch.cat([tensor.reshape(-1, *shape) for tensor in tensors])
+def stacked(matrices: list[Tensor]) -> Tensor:
+    """A copy of matrices and stacks of them, all of one size, as one stack (n, rows, cols)."""
+    return torch.cat([matrix.reshape(-1, *matrix.shape[-2:]) for matrix in matrices])
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Updates groups of `kind` adamw or muon; the matrices of a muon group have one shape."""
+    """Groups of kind adamw or muon; a muon group holds matrices of one shape, updated as one stack.
+
+    Rates change at every step: they reach the compiled updates as tensors, so that nothing is compiled again.
+    """
 
     def __init__(self, groups: list[dict], compiled: bool, dtype: torch.dtype):
         super().__init__(groups, {"lr": 0.0})
-        self.dtype = dtype
-        self.adamw, self.muon, self.number = adamw_update, muon_update, float
-        if compiled:
-            self.adamw = torch.compile(adamw_update, dynamic=False, fullgraph=True)
-            self.muon = torch.compile(muon_update, dynamic=False, fullgraph=True)
-            self.number = torch.tensor  # a new float would compile again
+        wrap = partial(torch.compile, dynamic=False, fullgraph=True) if compiled else (lambda function: function)
+        self.adamw, self.muon, self.dtype = wrap(adamw_update), wrap(muon_update), dtype
+        self.scalar = torch.tensor if compiled else float
         self.steps = torch.zeros(())
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
+            if group["kind"] == "adamw":
+                for p in group["params"]:
+                    self.state[p] = {"mean": torch.zeros_like(p, dtype=torch.float32)}
+                    self.state[p]["square"] = torch.zeros_like(p, dtype=torch.float32)
+            else:
+                velocity = torch.zeros_like(stacked(group["params"]))
+                n, rows, cols = velocity.shape
+                variance = velocity.new_zeros((n, rows, 1) if rows >= cols else (n, 1, cols))
+                self.state[group["params"][0]] = {"velocity": velocity, "variance": variance}
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that a step changes besides the parameters."""
+        return [self.steps, *(tensor for state in self.state.values() for tensor in state.values())]
 
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter from its gradient."""
         self.steps += 1
         for group in self.param_groups:
-            settings = {}
-            for name, value in group.items():
-                if isinstance(value, int | float):
-                    settings[name] = self.number(float(value))
-            if group["kind"] == "muon":
-                self.step_muon(group["params"], settings)
-                continue
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["mean"] = torch.zeros_like(p, dtype=torch.float32)
-                    state["square"] = state["mean"].clone()
-                self.adamw(p, p.grad, **state, step=self.steps, settings=settings)
-
-    def step_muon(self, params: list[Tensor], settings: dict) -> None:
-        """Update the matrices of a group as one stack."""
-        stack = stack_matrices(params)
-        grads = stack_matrices([p.grad for p in params])
-        state = self.state[params[0]]
-        if not state:
-            neuron_dim = -1 if stack.size(1) >= stack.size(2) else -2
-            state["velocity"] = torch.zeros_like(stack)
-            state["variance"] = state["velocity"].mean(neuron_dim, keepdim=True)
-        self.muon(stack, grads, **state, settings=settings, dtype=self.dtype)
-
-        sizes = [p.numel() // stack[0].numel() for p in params]
-        parts = stack.split(sizes)
-        updated = [part.view_as(p) for p, part in zip(params, parts, strict=True)]
-        torch._foreach_copy_(params, updated)
-
-
-def adamw_group(params: list[Tensor], lr: float, decay: float = 0.0) -> dict:
-    """Return a group of parameters for AdamW."""
-    return {
-        "kind": "adamw",
-        "params": params,
-        "lr": lr,
-        "weight_decay": decay,
-        "beta1": ADAM_BETAS[0],
-        "beta2": ADAM_BETAS[1],
-        "eps": ADAM_EPS,
-    }
+            settings = {k: self.scalar(float(value)) for k, value in group.items() if isinstance(value, int | float)}
+            params = group["params"]
+            if group["kind"] == "adamw":
+                for p in params:
+                    self.adamw(p, p.grad, self.state[p]["mean"], self.state[p]["square"], self.steps, settings)
+            else:
+                stack, grads, state = stacked(params), stacked([p.grad for p in params]), self.state[params[0]]
+                self.muon(stack, grads, state["velocity"], state["variance"], settings, self.dtype)
+                parts = stack.split([p.numel() // stack[0].numel() for p in params])
+                torch._foreach_copy_(params, [part.view_as(p) for part, p in zip(parts, params, strict=True)])
 
 
 def build_optimizer(model: GPT, compiled: bool) -> MuonAdamW:
-    """Sort the parameters into groups."""
+    """Sort the parameters into their groups."""
     scale = (model.config.width / 768) ** -0.5
+    adam = {"kind": "adamw", "beta1": ADAM_BETAS[0], "beta2": ADAM_BETAS[1], "eps": ADAM_EPS, "weight_decay": 0.0}
+    embeddings = [model.embedding.weight, *(e.weight for e in model.value_embeddings.values())]
     groups = [
-        adamw_group([model.head.weight], HEAD_LR * scale, HEAD_DECAY),
-        adamw_group([model.embedding.weight], EMBEDDING_LR * scale, EMBEDDING_DECAY),
-        adamw_group([model.value_embeddings.weight], EMBEDDING_LR * scale, VALUE_DECAY),
-        adamw_group([model.resid_lambdas], SCALAR_LR / 100),
-        adamw_group([model.x0_lambdas], SCALAR_LR),
+        adam | {"params": [model.head.weight], "lr": HEAD_LR * scale},
+        adam | {"params": embeddings, "lr": EMBEDDING_LR * scale},
+        adam | {"params": [model.residual_scales], "lr": SCALAR_LR / 100},
+        adam | {"params": [model.first_scales], "lr": SCALAR_LR},
     ]
-    if model.ngrams:
-        groups.append(adamw_group([model.ngrams.gate], NGRAM_GATE_LR * scale))
-
-    muon = {"kind": "muon", "lr": MATRIX_LR, "momentum": MUON_MOMENTUM[0]}
-    muon |= {"beta2": MUON_BETA2, "weight_decay": WEIGHT_DECAY}
-    by_shape = defaultdict(list)
-    for p in model.blocks.parameters():
-        by_shape[p.shape[-2:]].append(p)
-    groups += [muon | {"params": params} for params in by_shape.values()]
+    matrices = list(model.blocks.parameters())
+    for shape in sorted({tuple(p.shape[-2:]) for p in matrices}):
+        params = [p for p in matrices if p.shape[-2:] == shape]
+        muon = {"momentum": MUON_MOMENTUM[0], "beta2": MUON_BETA2, "weight_decay": WEIGHT_DECAY}
+        groups.append({"kind": "muon", "params": params, "lr": MATRIX_LR, **muon})
     return MuonAdamW(groups, compiled, model.dtype)
 
 
-# Schedules ----------------------------------------------------------------------------------------
+def lr_factor(progress: float) -> float:
+    """Part of the full learning rate, by the part of the budget that is used."""
+    if progress < WARMUP:
+        return progress / WARMUP
+    if progress <= 1 - WARMDOWN:
+        return 1.0
+    return FINAL_LR + (1 - FINAL_LR) * (1 - progress) / WARMDOWN
 
 
-def set_schedule(optimizer: MuonAdamW, progress: float) -> None:
-    """Set rates, momentum and weight decay. progress: the part of the budget that is used."""
-    lr_factor = 1.0
-    if progress > 1 - WARMDOWN:
-        lr_factor = FINAL_LR + (1 - FINAL_LR) * (1 - progress) / WARMDOWN
-    start, end = MUON_MOMENTUM
-    momentum = start + (end - start) * min(progress / MUON_WARMUP, 1.0)
+def set_schedule(optimizer: MuonAdamW, progress: float, step: int) -> None:
+    """Set rates, momentum and decay for this step."""
+    begin, end, steps = MUON_MOMENTUM
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_factor
+        group["lr"] = group["initial_lr"] * lr_factor(progress)
         if group["kind"] == "muon":
-            group["momentum"] = momentum
-            group["weight_decay"] = WEIGHT_DECAY * (1 - progress) ** DECAY_POWER
+            group["momentum"] = begin + (end - begin) * min(step / steps, 1.0)
+            group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
 
 
-# Training loop ------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Training loop
+
+# Dense bf16 TFLOP/s with float32 sums, by a pattern for the device's name: datasheets of NVIDIA and AMD, for RTX cards
+# NVIDIA's whitepapers of the architectures (GA102, Ada, Blackwell).
+PEAK_TFLOPS = {
+    r"A100\b": 312, r"H100 PCIe": 756, r"H[12]00 NVL": 835.5, r"(G?H200|H100)\b": 989.5, r"B200\b": 2250,
+    r"A10$": 125, r"L4$": 121, r"L40S$": 362, r"RTX 3090$": 71, r"RTX 4090$": 165.2, r"RTX 5090$": 209.5,
+    r"RTX 6000 Ada": 364.2, r"RTX PRO 6000 Blackwell Max-Q": 438.9, r"RTX PRO 6000 Blackwell Workstation": 503.8,
+    r"MI250X$": 191.5, r"MI300X": 1307.4,  # an MI250X is two devices
+}  # fmt: skip
 
 
-def require(works: bool, message: str) -> None:
-    """Raise SystemExit with the message unless a setting works."""
-    if not works:
-        raise SystemExit(message)
+def peak_flops(device: torch.device) -> float:
+    """The device's dense bf16 peak in FLOP/s, 0 if it is not known: no figure is better than a wrong one."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    peaks = (peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}", name))
+    return 0.0 if re.search(r"MIG|-\d+[CQ]$", name) else next(peaks, 0.0)  # MIG and vGPU: a slice of a GPU
+
+
+def choose_precision(device: torch.device) -> tuple[torch.dtype, bool, str]:
+    """Return the dtype to compute in, whether to compile, and why."""
+    compiler = any(map(shutil.which, ("gcc", "g++", "clang", "clang++")))
+    if device.type == "cuda":
+        works = compiler and has_triton()
+        return torch.bfloat16, works, "a GPU" if works else "torch.compile needs Triton and a C compiler (gcc)"
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.float32, False, "this CPU has no AVX512-BF16 or AMX"
+    lack = "" if compiler else ", but torch.compile needs a C++ compiler (g++)"
+    return torch.bfloat16, compiler, f"the CPU has bf16 instructions{lack}"
 
 
 def check_knobs(length: int) -> None:
-    """Refuse settings that cannot work with rows of `length` tokens."""
-    require(DEPTH >= 1, f"{DEPTH=} must be at least 1")
-    require(HEAD_DIM >= 32 and HEAD_DIM % 2 == 0, f"{HEAD_DIM=} must be even, and at least 32")
-    letters = set(WINDOW_PATTERN or " ")
-    require(letters <= set("SL"), f"{WINDOW_PATTERN=} must consist of S and L")
-    require(0 <= SOFT_CAP <= 70, f"{SOFT_CAP=} must be from 0 to 70: float32 holds sums of e^70")
-
-    require(sorted({0, *NGRAM_CONTEXTS}) == [0, *NGRAM_CONTEXTS], f"{NGRAM_CONTEXTS=} must ascend")
-    matches = f"{NGRAM_MATCHES=} must be from 1 to the {len(NGRAM_CONTEXTS)} NGRAM_CONTEXTS"
-    require(not NGRAM_CONTEXTS or 1 <= NGRAM_MATCHES <= len(NGRAM_CONTEXTS), matches)
-    require(0 < NGRAM_PART < 1, f"{NGRAM_PART=} must be above 0 and below 1")
-    require(MUON_WARMUP > 0, f"{MUON_WARMUP=} must be above 0")
-
-    require(DEVICE_BATCH_SIZE >= 1, f"{DEVICE_BATCH_SIZE=} must be at least 1")
-    require(HEAD_CHUNK >= 1, f"{HEAD_CHUNK=} must be at least 1")
+    """Refuse what can't work before anything is compiled."""
     tokens = DEVICE_BATCH_SIZE * length
-    divides = TOTAL_BATCH_SIZE > 0 and TOTAL_BATCH_SIZE % tokens == 0
-    rows = f"{DEVICE_BATCH_SIZE=} rows x {length} = {tokens} tokens"
-    require(divides, f"{TOTAL_BATCH_SIZE=} must be a multiple of {rows}")
+    whole = f"a multiple of DEVICE_BATCH_SIZE {DEVICE_BATCH_SIZE} rows × {length} = {tokens} tokens"
+    for name, works, must in (
+        ("DEPTH", DEPTH >= 1, "at least 1"),
+        ("HEAD_DIM", HEAD_DIM >= 32 and HEAD_DIM % 2 == 0, "even, and 32 or more"),
+        ("WINDOW_PATTERN", set(WINDOW_PATTERN or "-") <= set("SL"), "of the letters S and L"),
+        ("SOFT_CAP", 0 < SOFT_CAP <= 70, "more than 0 and at most 70, so that sums of e^70 fit float32"),
+        ("HEAD_CHUNK", HEAD_CHUNK >= 1, "at least 1"),
+        ("FORCED_BACKEND", FORCED_BACKEND in (None, "", *BACKENDS), f"one of {BACKENDS} (AUTORESEARCH_ATTENTION)"),
+        ("DEVICE_BATCH_SIZE", DEVICE_BATCH_SIZE >= 1, "at least 1"),
+        ("TOTAL_BATCH_SIZE", 0 < tokens <= TOTAL_BATCH_SIZE and TOTAL_BATCH_SIZE % tokens == 0, whole),
+    ):
+        if not works:
+            raise SystemExit(f"{name} {globals()[name]!r} must be {must}")
 
 
 def train_step(model: nn.Module, optimizer: MuonAdamW, batches: list) -> Tensor:
-    """Take one step on micro-batches (x, y, ...); return their mean loss, a scalar tensor."""
+    """One step over a list of micro-batches (x, y); return the loss, averaged over them, as a tensor."""
     total = 0.0
-    for x, y, *_ in batches:
+    for x, y in batches:
         loss = model(x, y) / len(batches)
         loss.backward()
         total = total + loss.detach()
@@ -807,173 +535,112 @@ def train_step(model: nn.Module, optimizer: MuonAdamW, batches: list) -> Tensor:
     return total
 
 
-def warm_up(run: Run, model: GPT, rows: int, compiled: bool) -> tuple[nn.Module, MuonAdamW]:
-    """Compile and allocate on two throw-away steps; return the model to call and its optimizer.
-
-    Weights, optimizer and PyTorch's random state are then as if the steps had never happened.
-    """
-    length = run.corpus.seq_len
-    optimizer = build_optimizer(model, compiled and run.device.type == "cuda")
-    forward = model
-    if compiled:
-        forward = torch.compile(model, dynamic=False, options=COMPILE_OPTIONS)
-
-    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed)
-    batches = [next(loader)]
-    if rows * length < TOTAL_BATCH_SIZE:  # more micro-batches add to the gradients of the first
-        batches *= 2
-
-    tensors = list(model.parameters())
-    saved = [tensor.detach().clone() for tensor in tensors]
+def warm_up(model: GPT, optimizer: MuonAdamW, step: Callable[[], Tensor]) -> None:
+    """Compile and allocate on throw-away steps; afterwards weights, optimizer and random state are as before."""
+    tensors = [*model.parameters(), *model.buffers(), *optimizer.tensors()]
+    before = [tensor.detach().clone() for tensor in tensors]
+    random_states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all()
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            for _ in range(2):
-                train_step(forward, optimizer, batches)
+        for _ in range(2):
+            step()
     finally:
         optimizer.zero_grad()
-        optimizer.state.clear()
-        optimizer.steps.zero_()
         with torch.no_grad():
-            torch._foreach_copy_(tensors, saved)
-    return forward, optimizer
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+        restore = random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all
+        for put_back, state in zip(restore, random_states, strict=True):
+            put_back(state)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether CUDA, cuBLAS or a CPU ran out of memory, also if a compiler says so."""
-    text = f"{type(error)}: {error}"
-    words = ("OutOfMemory", "out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return any(word in text for word in words)
-
-
-def fit_memory(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int]:
-    """Warm up with the most rows that fit memory; return the model to call, optimizer, and rows."""
-    rows = DEVICE_BATCH_SIZE
+def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int]:
+    """Warm up, with less memory or another way where need be; return the model to call, its optimizer, and the rows."""
+    rows, length = DEVICE_BATCH_SIZE, run.corpus.seq_len
     while True:
-        run.status = f"warm-up{' and compile' * compiled}, micro-batches of {rows} rows"
+        optimizer = build_optimizer(model, compiled and run.device.type == "cuda")
+        options = {"cpp.vec_isa_ok": True}  # else it tries out what the CPU's flags say, for 6 s of every run
+        forward = torch.compile(model, dynamic=False, options=options) if compiled else model
+        batch = next(make_dataloader(run.tokenizer, rows, length, "train", run.seed))[:2]
+        batches = [batch] * min(2, TOTAL_BATCH_SIZE // (rows * length))  # the second comes on top of gradients
+        tried = model.attention.backend
+        run.status = f"warm-up{' and compile' * compiled}, micro-batches of {rows} rows, attention {tried}"
         try:
-            return *warm_up(run, model, rows, compiled), rows
+            warm_up(model, optimizer, partial(train_step, forward, optimizer, batches))
+            return forward, optimizer, rows
         except Exception as error:
-            if rows == 1 or not is_out_of_memory(error):
+            words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # of CUDA, cuBLAS, the CPU, also wrapped
+            out_of_memory = isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+            if out_of_memory and rows > 1:
+                rows = next(r for r in range(rows // 2, 0, -1) if TOTAL_BATCH_SIZE % (r * length) == 0)
+                change = f"out of memory: micro-batches of {rows} rows instead"
+            elif compiled and isinstance(error, RuntimeError | OSError):  # others are mistakes in this file
+                others = {} if FORCED_BACKEND else {"flash3": "flex", "flex": "sdpa"}
+                backend = others.get(tried, tried)
+                compiled = backend != tried
+                change = f"attention {backend} instead" if compiled else "not compiled after all"
+                change = f"{in_a_line(error)}: {change}"
+                model.attention = Attention(backend, length, set(model.config.windows), run.device)
+            else:
                 raise
-        rows //= 2
-        while TOTAL_BATCH_SIZE % (rows * run.corpus.seq_len):
-            rows -= 1
-        print(f"out of memory: micro-batches of {rows} rows instead", flush=True)
-        torch.compiler.reset()  # or each attempt counts towards the limit of recompilations
+        del forward, optimizer, batch, batches
+        torch.compiler.reset()  # else every attempt counts towards the limit of recompilations
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def read_text(run: Run, part: tuple[float, float]) -> Tensor:
-    """Return the documents of a part of each shard in one row, int64 (1, N), on the device.
-
-    These are at most NGRAM_MAX_TOKENS tokens, and one document.
-    """
-    text, size = [], 0
-    for ids, epoch in train_documents(run.corpus, run.seed, part):
-        if epoch > 1 or size > NGRAM_MAX_TOKENS:
-            break
-        text.append(ids)
-        size += len(ids)
-    return torch.from_numpy(np.concatenate(text).astype(np.int64))[None].to(run.device)
-
-
-def count_ngrams(run: Run, ngrams: NgramTables) -> None:
-    """Make the tables for training, and those of all training text for the end.
-
-    Tables of the text that a model trains on are right too often, and it would trust them too much.
-    """
-    run.status = "counting n-grams"
-    ngrams.tables.copy_(ngrams.fit(read_text(run, (0, NGRAM_PART))))
-    ngrams.final_tables = ngrams.fit(read_text(run, (0, 1)))
-    print(f"n-grams: counting took {run.progress():.1%} of the time", flush=True)
-
-
-def build_model(run: Run) -> tuple[GPT, bool]:
-    """Return a model that suits the device, and whether to compile it; print what was chosen."""
-    length = run.corpus.seq_len
-    dtype, compiled, problem = choose_precision(run.device)
-    if problem:
-        run.fallbacks["not compiled"] = problem
-    backend, problem = choose_attention(run.device, compiled)
-    if problem:
-        run.fallbacks[f"attention {backend}"] = problem
-    print(f"precision: {dtype}, {'' if compiled else 'not '}compiled; attention: {backend}")
-
-    vocab_size = run.tokenizer.get_vocab_size()
-    config = Config(vocab_size, length, DEPTH, HEAD_DIM, ASPECT_RATIO, WINDOW_PATTERN)
-    attention = Attention(backend, length, set(config.windows), run.device)
-    ngrams = None
-    if NGRAM_CONTEXTS:
-        ngrams = NgramTables(vocab_size, config.width, dtype, run.device)
-    model = GPT(config, attention, dtype, ngrams).to(run.device)
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
-    if ngrams:
-        size += f", n-gram tables of {2 * ngrams.tables.nbytes / 2**20:.0f} MB"
-    print(f"model: {DEPTH} blocks of width {config.width}, {size}", flush=True)
-    return model, compiled
-
-
-def train(run: Run) -> None:
-    """Build, warm up, train for the budget, evaluate."""
-    length = run.corpus.seq_len
-    check_knobs(length)
-    torch.set_float32_matmul_precision("high")
-    warnings.filterwarnings("ignore", "flex_attention called without")  # as run.start calls it
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # misses CUDA on a CPU
-
-    model, compiled = build_model(run)
-    peak = peak_flops(run.device)
-    if not peak:
-        print("mfu_percent: will be 0.00, as the peak of this device is unknown", flush=True)
-    forward, optimizer, rows = fit_memory(run, model, compiled)
-    micro_batches = TOTAL_BATCH_SIZE // (rows * length)
-    print(f"step: {micro_batches} micro-batches of {rows} rows of {length} tokens", flush=True)
-
-    gc.collect()
-    gc.disable()  # a collection takes longer than it is worth in five minutes
-    run.start(model)
-
-    if model.ngrams:
-        count_ngrams(run, model.ngrams)
-    part = (NGRAM_PART if model.ngrams else 0, 1)  # of each shard, to train on
-    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed, part)
-
-    run.status = "training"
-    step, mean_loss, previous = 0, 0.0, None
-    while (progress := run.progress()) < 1:
-        set_schedule(optimizer, progress)
-        batches = [next(loader) for _ in range(micro_batches)]
-        loss = train_step(forward, optimizer, batches)
-
-        if previous is not None:  # read a step late, so that the device is never kept waiting
-            value = previous.item()
-            diverged = f"the loss of step {step} is {value}: lower the learning rates"
-            require(value < 3 * math.log(model.config.vocab_size), diverged)
-            mean_loss += (value - mean_loss) / min(step, 10)
-            epoch = batches[-1][2]
-            run.status = (
-                f"step {step}, {progress:.0%} of the time, loss {mean_loss:.4f}, epoch {epoch}"
-            )
-        previous = loss
-        step += 1
-
-    if model.ngrams:
-        model.ngrams.tables.copy_(model.ngrams.final_tables)
-    run.stop(forward)
-    loader.close()
-
-    run.status = f"evaluating after {step} steps"
-    tokens = step * TOTAL_BATCH_SIZE
-    flops = model.flops_per_token() * tokens / run.seconds
-    mfu = 100 * flops / peak if peak else 0.0
-    run.finish(forward, rows, step, tokens, model.config.depth, mfu)
+        print(change, flush=True)
 
 
 def main() -> None:
     """Run the command line."""
     with training_run(__doc__) as run:
         train(run)
+
+
+def train(run: Run) -> None:
+    """Build, warm up, train for the budget, evaluate, report."""
+    device, length = run.device, run.corpus.seq_len
+    check_knobs(length)
+    torch.set_float32_matmul_precision("high")
+    warnings.filterwarnings("ignore", "flex_attention called without")  # start() looks at a few rows uncompiled
+    if device.type == "cpu":
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA
+    dtype, compiled, why = choose_precision(device)
+    backend, attention_why = choose_attention(device, compiled)
+    config = Config(run.tokenizer.get_vocab_size(), length, DEPTH, HEAD_DIM, ASPECT_RATIO, WINDOW_PATTERN)
+    model = GPT(config, Attention(backend, length, set(config.windows), device), dtype).to(device)
+    num_params, peak = sum(p.numel() for p in model.parameters()), peak_flops(device)
+    print(f"precision: {str(dtype)[6:]}, {'compiled' if compiled else 'not compiled'} ({why})")
+    print(f"attention: {backend} ({attention_why})")
+    print(f"model: {config.depth} blocks of width {config.width}, {num_params / 1e6:.1f}M parameters", flush=True)
+    if not peak:
+        print("mfu_percent: will be 0.00, the peak of this device is not known", flush=True)
+    forward, optimizer, rows = fit(run, model, compiled)
+    micro_batches = TOTAL_BATCH_SIZE // (rows * length)
+    print(f"step: {TOTAL_BATCH_SIZE} tokens in {micro_batches} micro-batches of {rows} rows of {length}", flush=True)
+
+    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection in the middle of a step costs more than the garbage of five minutes
+    step, mean, previous, run.status = 0, 0.0, None, "training"
+    run.start(model)
+    while (progress := run.progress()) < 1:
+        set_schedule(optimizer, progress, step)
+        batches = [next(loader) for _ in range(micro_batches)]
+        loss = train_step(forward, optimizer, [(x, y) for x, y, _ in batches])
+        if previous is not None:  # read a step late: the device has the next one to work on and is not kept waiting
+            value = previous.item()
+            if not value < 3 * math.log(config.vocab_size):
+                raise SystemExit(f"the loss of step {step} is {value}: no use going on. Lower the learning rates?")
+            mean += (value - mean) / min(step, 10)
+            run.status = f"step {step}, {progress:.0%} of the time, loss {mean:.4f}, epoch {batches[-1][2]}"
+        step, previous = step + 1, loss
+    run.stop(forward)
+    loader.close()
+
+    run.status = f"evaluating after {step} steps"
+    tokens = step * TOTAL_BATCH_SIZE
+    mfu = 100 * model.flops_per_token() * tokens / run.seconds / peak if peak else 0.0
+    run.finish(forward, rows, step, tokens, config.depth, mfu)
 
 
 if __name__ == "__main__":
