@@ -37,6 +37,7 @@ DEPTH = 8  # blocks
 ASPECT_RATIO = 64  # width per block; the width is DEPTH * ASPECT_RATIO rounded up to whole heads
 HEAD_DIM = 128  # width of an attention head
 WINDOW_PATTERN = "SSSL"  # repeated over the blocks: S sees half of the context, L all of it; the last block is L
+SMEAR = 0.5  # part of the channels that attention and MLP read from the position before
 SOFT_CAP = 15.0  # logits are squeezed into ±SOFT_CAP
 
 # batch
@@ -211,6 +212,12 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+def smear(x: Tensor) -> Tensor:
+    """Take the first SMEAR of the channels of x (B, T, width) from the position before, zeros at the start."""
+    size = int(SMEAR * x.size(-1))
+    return torch.cat([F.pad(x[:, :-1, :size], (0, 0, 1, 0)), x[..., size:]], dim=-1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x (B, T, H, D); cos and sin: (T, 1, D/2)."""
     a, b = x.chunk(2, dim=-1)
@@ -231,14 +238,14 @@ class Block(nn.Module):
             self.gate = nn.Linear(32, width // self.head_dim, bias=False)
 
     def forward(self, x: Tensor, values: Tensor | None, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        y = norm(x)
+        y = smear(norm(x))
         q, k, v = F.linear(y, self.qkv.flatten(0, 1)).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
         if values is not None:
             gate = 2 * torch.sigmoid(self.gate(y[..., :32]))
             v = v + gate.unsqueeze(-1) * values.unflatten(-1, (-1, self.head_dim))
         q, k = norm(rotate(q, *rotary)), norm(rotate(k, *rotary))
         x = x + self.attention_out(attention(q, k, v, self.window).flatten(-2))
-        return x + self.mlp_out(F.relu(self.mlp_in(norm(x))).square())
+        return x + self.mlp_out(F.relu(self.mlp_in(smear(norm(x)))).square())
 
 
 def soft_cap(logits: Tensor) -> Tensor:
