@@ -27,7 +27,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._triton import has_triton
 
 from harness.run import Run, training_run
-from prepare import get_device, make_dataloader
+from prepare import get_device, make_dataloader, train_documents
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Knobs
@@ -40,6 +40,15 @@ WINDOW_PATTERN = "SSSL"  # repeated over the blocks: S sees half of the context,
 SMEAR = 0.5  # part of the channels that attention and MLP read from the position before
 SOFT_CAP = 15.0  # logits are squeezed into ±SOFT_CAP
 
+# n-gram tables
+NGRAM_CONTEXTS = (1, 2, 3, 4, 6)  # lengths in tokens, each with its table
+NGRAM_MATCHES = 3  # longest matching contexts that give candidates
+NGRAM_CANDIDATES = 6  # most frequent next tokens kept for a context
+NGRAM_PART = 0.5  # part of each shard that is counted; the model trains on the rest
+NGRAM_MAX_TOKENS = 2**25  # no more tokens are counted
+NGRAM_ROWS = 2**21  # rows of a table; each holds one context
+NGRAM_SLICES = 8  # a table is filled in so many slices, to save memory
+
 # batch
 TOTAL_BATCH_SIZE = 2**19  # tokens a step
 DEVICE_BATCH_SIZE = 128  # rows a micro-batch; halved by itself if it does not fit memory
@@ -51,6 +60,7 @@ HEAD_LR = 0.004  # likewise
 SCALAR_LR = 0.5  # of the first embedding's scalars; the residual ones get a hundredth
 ADAM_BETAS = (0.8, 0.95)
 ADAM_EPS = 1e-10
+NGRAM_LR = 0.0005  # of the gate of the n-gram candidates, scaled likewise
 MATRIX_LR = 0.04  # times √(rows/cols) for a tall matrix
 MUON_MOMENTUM = (0.85, 0.95, 300)  # from, to, over so many steps
 MUON_BETA2 = 0.95  # of the variance that NorMuon evens out
@@ -254,31 +264,121 @@ def soft_cap(logits: Tensor) -> Tensor:
 
 
 class CappedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the soft-capped logits x @ weight.T, HEAD_CHUNK tokens at a time.
+    """Mean cross-entropy of the soft-capped logits x @ weight.T plus bonus, HEAD_CHUNK tokens at a time.
 
     The gradients come with the loss, so no logits are kept for a backward pass. x (N, width), weight (vocab, width),
-    targets (N,). Capped logits need no maximum taken off before exp.
+    targets (N,), bonus (N, n) for the tokens of candidates (N, n). Capped logits need no maximum taken off before exp.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        total, x_grads, weight_grad = 0.0, [], 0.0
-        for part, target in zip(x.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
-            logits, target = soft_cap(part @ weight.T), target[:, None]
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, candidates: Tensor, bonus: Tensor) -> Tensor:
+        total, x_grads, bonus_grads, weight_grad = 0.0, [], [], 0.0
+        tensors = (tensor.split(HEAD_CHUNK) for tensor in (x, targets, candidates, bonus))
+        for part, target, tokens, extra in zip(*tensors, strict=True):
+            logits, target = (part @ weight.T).float().scatter_add(1, tokens, extra), target[:, None]
+            logits = soft_cap(logits)
             exp = logits.exp()
             exp_sum = exp.sum(-1, keepdim=True)
             total = total + (exp_sum.log() - logits.gather(1, target)).sum()
             hit = (target == torch.arange(logits.size(1), device=logits.device)).float()
-            grad = ((exp / exp_sum - hit) * (1 - (logits / SOFT_CAP).square()) / len(x)).to(x.dtype)
+            grad = (exp / exp_sum - hit) * (1 - (logits / SOFT_CAP).square()) / len(x)
+            bonus_grads.append(grad.gather(1, tokens))
+            grad = grad.to(x.dtype)
             x_grads.append(grad @ weight)
             weight_grad = weight_grad + (grad.T @ part).float()
-        ctx.save_for_backward(torch.cat(x_grads), weight_grad)
+        ctx.save_for_backward(torch.cat(x_grads), weight_grad, torch.cat(bonus_grads))
         return total / len(x)
 
     @staticmethod
-    def backward(ctx, factor: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * factor, weight_grad * factor, None
+    def backward(ctx, factor: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor]:
+        x_grad, weight_grad, bonus_grad = ctx.saved_tensors
+        return x_grad * factor, weight_grad * factor, None, None, bonus_grad * factor
+
+
+def hash_contexts(ids: Tensor, context: int) -> Tensor:
+    """Hash the last `context` tokens at each position of ids (B, T): int64, below 2^38. Zeros stand before the first."""
+    hashes = ids
+    for back in range(1, context + 1):
+        hashes = hashes * 26544357  # odd and below 2^25
+        hashes &= 2**38 - 1
+        if back < context:
+            hashes[:, back:] += ids[:, :-back]
+    return hashes
+
+
+def fill_rows(table: Tensor, pairs: Tensor) -> None:
+    """Fill a slice of a table with what follows its contexts. pairs: sorted, context * 2^15 + next token."""
+    pairs, counts = pairs.unique_consecutive(return_counts=True)
+    contexts, index, sizes = (pairs >> 15).unique_consecutive(True, True)  # inverse and counts
+    totals = torch.zeros_like(contexts).index_add_(0, index, counts)
+    width = 2**38 // NGRAM_ROWS
+
+    # A row belongs to the most frequent of its contexts.
+    row = contexts // width % len(table)
+    claim = totals * 2**32 + torch.arange(len(row))
+    wins = claim.new_zeros(len(table)).scatter_reduce_(0, row, claim, "amax")[row] == claim
+    table[row[wins], 0] = (contexts[wins] % width + 1).int()
+
+    # Within a context the most frequent token comes first.
+    order = index * 2**20 + 2**20 - counts.clamp(max=0xFFFFF)
+    order = order * 2**15 + (pairs & 0x7FFF)
+    order.numpy().sort()
+    place = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[index]
+    kept = wins[index] & (place < NGRAM_CANDIDATES)
+    order, index, place = order[kept], index[kept], place[kept]
+    count = 2**20 - (order >> 15 & 0xFFFFF)
+    weight = (count / (totals[index] + 1)).sqrt()  # less for rare contexts
+    table[row[index], 1 + place] = ((order & 0x7FFF) * 2**16 + (weight * 2**16).long()).int()
+
+
+class NgramTables(nn.Module):
+    """Candidates for the next token: those that most often followed the last few tokens, by the longest matches."""
+
+    def __init__(self, vocab_size: int, width: int, dtype: torch.dtype):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(NGRAM_MATCHES * NGRAM_CANDIDATES, width))
+        draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+        self.projection = draw(vocab_size, -(-width // NGRAM_MATCHES)).to(dtype)
+        self.level_projection = draw(1 + len(NGRAM_CONTEXTS), width).to(dtype)
+        # A row: what tells its context from others + 1, or 0 if it is empty, then the candidates, each as
+        # token * 2^16 + weight * 2^16. Not a buffer: its digest would take seconds.
+        self.tables = self.empty()
+        self.final_tables = None  # of all training text
+
+    def empty(self) -> Tensor:
+        return torch.zeros(len(NGRAM_CONTEXTS), NGRAM_ROWS, 1 + NGRAM_CANDIDATES, dtype=torch.int32)
+
+    def count(self, ids: Tensor) -> Tensor:
+        """Return tables for one row of text, int64 (1, N)."""
+        tables = self.empty()
+        bounds = torch.arange(1, NGRAM_SLICES) * (2**53 // NGRAM_SLICES)
+        for table, context in zip(tables, NGRAM_CONTEXTS, strict=True):
+            pairs = hash_contexts(ids, context)[0, :-1]
+            pairs *= 2**15
+            pairs += ids[0, 1:]
+            pairs.numpy().sort()  # several times as fast as PyTorch
+            parts = pairs.tensor_split(torch.searchsorted(pairs, bounds))
+            for rows, part in zip(table.chunk(NGRAM_SLICES), parts, strict=True):
+                if len(part):
+                    fill_rows(rows, part)
+        return tables
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the n-gram embedding of ids (B, T), and candidates with their weights, 0 where nothing matches.
+
+        Candidates and weights: (B, T, NGRAM_MATCHES * NGRAM_CANDIDATES), those of the longest match first.
+        """
+        hashes = torch.stack([hash_contexts(ids, context) for context in NGRAM_CONTEXTS], dim=-1)
+        width = 2**38 // NGRAM_ROWS
+        number, rows = torch.arange(len(NGRAM_CONTEXTS)), hashes // width
+        known = self.tables[number, rows, 0] == hashes % width + 1
+        level = (known * (number + 1)).topk(NGRAM_MATCHES).values  # (B, T, matches), 0 if none
+        number = (level - 1).clamp(min=0)
+        packed = self.tables[number, rows.gather(-1, number), 1:]
+        candidates = (packed >> 16).long()
+        weights = (packed & 0xFFFF) * (level > 0)[..., None] / 2**16
+        embedding = (weights[..., None] * self.projection[candidates]).sum(-2).flatten(2)[..., : self.gate.size(1)]
+        return embedding + self.level_projection[level[..., 0]], candidates.flatten(2), weights.flatten(2)
 
 
 class GPT(nn.Module):
@@ -293,6 +393,7 @@ class GPT(nn.Module):
         self.value_embeddings = nn.ModuleDict(tables)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(depth))
         self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self.ngrams = NgramTables(config.vocab_size, width, dtype)
         self.residual_scales = nn.Parameter(torch.ones(depth))
         self.first_scales = nn.Parameter(torch.full((depth,), 0.1))
         frequency = 10_000 ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
@@ -319,16 +420,18 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             rotary = self.cos[: ids.size(1)], self.sin[: ids.size(1)]
-            x = first = norm(self.embedding(ids))
+            embedding, candidates, weights = self.ngrams(ids)
+            x = first = norm(self.embedding(ids)) + embedding.to(self.dtype)
             for i, block in enumerate(self.blocks):
                 values = self.value_embeddings[str(i)](ids) if i in self.config.value_blocks else None
                 x = self.residual_scales[i] * x + self.first_scales[i] * first
                 x = block(x, values, rotary, self.attention)
             x = norm(x)
+            bonus = weights * F.linear(x, self.ngrams.gate).float()
             if targets is None:
-                return soft_cap(self.head(x))
+                return soft_cap(self.head(x).float().scatter_add(-1, candidates, bonus))
         x, weight = x.flatten(0, 1).to(self.dtype), self.head.weight.to(self.dtype)
-        return CappedCrossEntropy.apply(x, weight, targets.flatten())
+        return CappedCrossEntropy.apply(x, weight, targets.flatten(), candidates.flatten(0, 1), bonus.flatten(0, 1))
 
     def flops_per_token(self) -> int:
         """Forward and backward: 6 per weight of a matrix, 12 per channel of attention and position of the window.
@@ -449,6 +552,7 @@ def build_optimizer(model: GPT, compiled: bool) -> MuonAdamW:
     embeddings = [model.embedding.weight, *(e.weight for e in model.value_embeddings.values())]
     groups = [
         adam | {"params": [model.head.weight], "lr": HEAD_LR * scale},
+        adam | {"params": [model.ngrams.gate], "lr": NGRAM_LR * scale},
         adam | {"params": embeddings, "lr": EMBEDDING_LR * scale},
         adam | {"params": [model.residual_scales], "lr": SCALAR_LR / 100},
         adam | {"params": [model.first_scales], "lr": SCALAR_LR},
@@ -596,6 +700,28 @@ def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int
         print(change, flush=True)
 
 
+def read_text(run: Run, part: tuple[float, float]) -> Tensor:
+    """Return the documents of a part of each shard in one row, int64 (1, N), N at most NGRAM_MAX_TOKENS and one more."""
+    text, size = [], 0
+    for ids, epoch in train_documents(run.corpus, run.seed, part):
+        if epoch > 1 or size > NGRAM_MAX_TOKENS:
+            break
+        text.append(ids)
+        size += len(ids)
+    return torch.from_numpy(np.concatenate(text).astype(np.int64))[None]
+
+
+def count_ngrams(run: Run, ngrams: NgramTables) -> None:
+    """Make the tables for training, and those of all training text for the end.
+
+    Tables of the text that a model trains on are right too often, and it would trust them too much.
+    """
+    run.status = "counting n-grams"
+    ngrams.tables.copy_(ngrams.count(read_text(run, (0, NGRAM_PART))))
+    ngrams.final_tables = ngrams.count(read_text(run, (0, 1)))
+    print(f"n-grams: counting took {run.progress():.1%} of the time", flush=True)
+
+
 def main() -> None:
     """Run the command line."""
     with training_run(__doc__) as run:
@@ -624,12 +750,14 @@ def train(run: Run) -> None:
     micro_batches = TOTAL_BATCH_SIZE // (rows * length)
     print(f"step: {TOTAL_BATCH_SIZE} tokens in {micro_batches} micro-batches of {rows} rows of {length}", flush=True)
 
-    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed)
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection in the middle of a step costs more than the garbage of five minutes
-    step, mean, previous, run.status = 0, 0.0, None, "training"
+    step, mean, previous, run.status = 0, 0.0, None, "counting"
     run.start(model)
+    count_ngrams(run, model.ngrams)
+    loader = make_dataloader(run.tokenizer, rows, length, "train", run.seed, (NGRAM_PART, 1))
+    run.status = "training"
     while (progress := run.progress()) < 1:
         set_schedule(optimizer, progress, step)
         batches = [next(loader) for _ in range(micro_batches)]
@@ -641,6 +769,7 @@ def train(run: Run) -> None:
             mean += (value - mean) / min(step, 10)
             run.status = f"step {step}, {progress:.0%} of the time, loss {mean:.4f}, epoch {batches[-1][2]}"
         step, previous = step + 1, loss
+    model.ngrams.tables.copy_(model.ngrams.final_tables)
     run.stop(forward)
     loader.close()
 
