@@ -74,9 +74,10 @@ FINAL_LR = 0.0  # at the end, as a part of the full rate
 # A CPU gets through less than a hundredth of the tokens, so it gets a smaller model and batch.
 if get_device().type == "cpu":
     DEPTH = 4
-    TOTAL_BATCH_SIZE = 2**14
+    TOTAL_BATCH_SIZE = 2**13
     DEVICE_BATCH_SIZE = 16
     HEAD_CHUNK = 2**10
+    MATRIX_LR, EMBEDDING_LR, HEAD_LR, NGRAM_LR = 0.028, 0.42, 0.0028, 0.00035  # smaller steps
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention: softmax(q·k / √d) v over each position and the `window` positions before it, by the fastest way there is
