@@ -73,7 +73,7 @@ FINAL_LR = 0.0  # at the end, as a part of the full rate
 
 # A CPU gets through less than a hundredth of the tokens, so it gets a smaller model and batch.
 if get_device().type == "cpu":
-    DEPTH = 4
+    DEPTH, ASPECT_RATIO, HEAD_DIM = 4, 48, 64
     TOTAL_BATCH_SIZE = 2**14
     DEVICE_BATCH_SIZE = 16
     HEAD_CHUNK = 2**10
