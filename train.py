@@ -44,6 +44,7 @@ SOFT_CAP = 15.0  # logits are squeezed into ±SOFT_CAP
 NGRAM_CONTEXTS = (1, 2, 3, 4, 6)  # lengths in tokens, each with its table
 NGRAM_MATCHES = 3  # longest matching contexts that give candidates
 NGRAM_CANDIDATES = 6  # most frequent next tokens kept for a context
+NGRAM_PRIOR = 3.0  # what a candidate of weight 1 adds to its logit before anything is learned
 NGRAM_PART = 0.5  # part of each shard that is counted; the model trains on the rest
 NGRAM_MAX_TOKENS = 2**25  # no more tokens are counted
 NGRAM_ROWS = 2**21  # rows of a table; each holds one context
@@ -427,7 +428,7 @@ class GPT(nn.Module):
                 x = self.residual_scales[i] * x + self.first_scales[i] * first
                 x = block(x, values, rotary, self.attention)
             x = norm(x)
-            bonus = weights * F.linear(x, self.ngrams.gate).float()
+            bonus = weights * (NGRAM_PRIOR + F.linear(x, self.ngrams.gate).float())
             if targets is None:
                 return soft_cap(self.head(x).float().scatter_add(-1, candidates, bonus))
         x, weight = x.flatten(0, 1).to(self.dtype), self.head.weight.to(self.dtype)
