@@ -45,7 +45,7 @@ WINDOW_PATTERN = "SSSSL" if CUDA else "SSSL"  # S: short window, L: all the cont
 SHORT_WINDOW = 1 / 8 if CUDA else 1 / 2  # short window, as a part of the context
 ROTARY_BASE = 200_000  # base of the rotary frequencies
 SMEAR = (0.25, 0.0) if CUDA else (0.5, 0.5)  # part of (attention, MLP) input from one token back
-SOFT_CAP = 15.0 if CUDA else 0.0  # bound of the logits; 0: none
+SOFT_CAP = 15.0 if CUDA else 9.0  # bound of the logits; 0: none
 X0_LAMBDA = 0.05  # initial weight of the embedding in the input of each block
 QK_SCALE = 1.0  # factor of the attention's logits
 VALUE_EVERY = 2  # value embeddings in every n-th block, counted back from the last
@@ -54,10 +54,10 @@ GATE_SCALE = 2.0  # most that a head takes
 MATRIX_INIT = 0.68  # bound of the blocks' initial weights, times √(3 / width)
 
 # n-gram tables
-NGRAM_CONTEXTS = () if CUDA else (1, 2, 3, 4, 6, 8)  # lengths in tokens; (): no tables
+NGRAM_CONTEXTS = () if CUDA else (2, 3, 4, 6, 8)  # lengths in tokens; (): no tables
 NGRAM_MATCHES = 3  # longest matching contexts that give candidates
 NGRAM_CANDIDATES = 6  # most frequent next tokens kept for a context
-NGRAM_PART = 0.5  # part of each shard that is counted; the model trains on the rest
+NGRAM_PART = 0.3  # part of each shard that is counted; the model trains on the rest
 NGRAM_MAX_TOKENS = 2**27 if CUDA else 2**25  # no more tokens are counted
 NGRAM_ROWS = 2**22  # rows of a table; each holds one context
 
@@ -77,7 +77,7 @@ MUON_BETA2 = 0.95  # decay rate of NorMuon's variance; 0: no variance reduction
 # optimizer: AdamW for the rest; ° scales a rate by (width / 768)^-½
 HEAD_LR = 0.005 if CUDA else 0.0035  # °
 HEAD_DECAY = 0.01  # weight decay of the head
-EMBEDDING_LR = 0.9 if CUDA else 0.63  # ° of token and value embeddings
+EMBEDDING_LR = 0.9 if CUDA else 0.3  # ° of token and value embeddings
 EMBEDDING_DECAY = 0.001  # weight decay of the token embedding
 VALUE_DECAY = 0.003  # weight decay of the value embeddings
 NGRAM_GATE_LR = 0.00035  # ° of the gate of the n-gram candidates
