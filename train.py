@@ -41,12 +41,12 @@ SMEAR = 0.5  # part of the channels that attention and MLP read from the positio
 SOFT_CAP = 9.0  # logits are squeezed into ±SOFT_CAP
 
 # n-gram tables
-NGRAM_CONTEXTS = (1, 2, 3, 4, 6)  # lengths in tokens, each with its table
+NGRAM_CONTEXTS = (2, 3, 4, 6, 8)  # lengths in tokens, each with its table
 NGRAM_MATCHES = 3  # longest matching contexts that give candidates
 NGRAM_CANDIDATES = 6  # most frequent next tokens kept for a context
 NGRAM_PART = 0.5  # part of each shard that is counted; the model trains on the rest
-NGRAM_MAX_TOKENS = 2**25  # no more tokens are counted
-NGRAM_ROWS = 2**21  # rows of a table; each holds one context
+NGRAM_MAX_TOKENS = 2**27  # no more tokens are counted
+NGRAM_ROWS = 2**22  # rows of a table; each holds one context
 NGRAM_SLICES = 8  # a table is filled in so many slices, to save memory
 
 # batch
@@ -297,9 +297,9 @@ class CappedCrossEntropy(torch.autograd.Function):
 
 def hash_contexts(ids: Tensor, context: int) -> Tensor:
     """Hash the last `context` tokens at each position of ids (B, T): int64, below 2^38. Zeros stand before the first."""
-    hashes = ids
+    hashes = ids.to(torch.int64, copy=True)
     for back in range(1, context + 1):
-        hashes = hashes * 26544357  # odd and below 2^25
+        hashes *= 26544357  # odd and below 2^25
         hashes &= 2**38 - 1
         if back < context:
             hashes[:, back:] += ids[:, :-back]
@@ -349,7 +349,7 @@ class NgramTables(nn.Module):
         return torch.zeros(len(NGRAM_CONTEXTS), NGRAM_ROWS, 1 + NGRAM_CANDIDATES, dtype=torch.int32)
 
     def count(self, ids: Tensor) -> Tensor:
-        """Return tables for one row of text, int64 (1, N)."""
+        """Return tables for one row of text, int32 (1, N)."""
         tables = self.empty()
         bounds = torch.arange(1, NGRAM_SLICES) * (2**53 // NGRAM_SLICES)
         for table, context in zip(tables, NGRAM_CONTEXTS, strict=True):
@@ -701,14 +701,14 @@ def fit(run: Run, model: GPT, compiled: bool) -> tuple[nn.Module, MuonAdamW, int
 
 
 def read_text(run: Run, part: tuple[float, float]) -> Tensor:
-    """Return the documents of a part of each shard in one row, int64 (1, N), N at most NGRAM_MAX_TOKENS and one more."""
+    """Return the documents of a part of each shard in one row, int32 (1, N), N at most NGRAM_MAX_TOKENS and one more."""
     text, size = [], 0
     for ids, epoch in train_documents(run.corpus, run.seed, part):
         if epoch > 1 or size > NGRAM_MAX_TOKENS:
             break
         text.append(ids)
         size += len(ids)
-    return torch.from_numpy(np.concatenate(text).astype(np.int64))[None]
+    return torch.from_numpy(np.concatenate(text).astype(np.int32))[None]
 
 
 def count_ngrams(run: Run, ngrams: NgramTables) -> None:
