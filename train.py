@@ -55,7 +55,7 @@ DEVICE_BATCH_SIZE = 128  # rows a micro-batch; halved by itself if it does not f
 HEAD_CHUNK = 2**15  # tokens whose logits are in memory at a time
 
 # optimizer: AdamW for embeddings, head and scalars, Muon for the matrices of the blocks
-EMBEDDING_LR = 0.6  # at width 768; scaled by (width / 768)^-½
+EMBEDDING_LR = 0.3  # at width 768; scaled by (width / 768)^-½
 HEAD_LR = 0.004  # likewise
 SCALAR_LR = 0.5  # of the first embedding's scalars; the residual ones get a hundredth
 ADAM_BETAS = (0.8, 0.95)
