@@ -213,7 +213,7 @@ class Config:
 
     @property
     def value_blocks(self) -> range:
-        """Blocks with value embeddings: every other one, the last among them."""
+        """Blocks with attention and value embeddings: every other one, the last among them."""
         return range((self.depth - 1) % 2, self.depth, 2)
 
 
@@ -235,26 +235,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP. A block with value embeddings mixes them into v through a gate for each head."""
+    """MLP, and in a block with value embeddings attention, which mixes them into v through a gate for each head."""
 
     def __init__(self, config: Config, index: int):
         super().__init__()
         width, self.head_dim, self.window = config.width, config.head_dim, config.windows[index]
-        self.qkv = nn.Parameter(torch.empty(3, width, width))  # one product; three matrices for Muon
-        self.attention_out = nn.Linear(width, width, bias=False)
         self.mlp_in = nn.Linear(width, 4 * width, bias=False)
         self.mlp_out = nn.Linear(4 * width, width, bias=False)
         if index in config.value_blocks:
+            self.qkv = nn.Parameter(torch.empty(3, width, width))  # one product; three matrices for Muon
+            self.attention_out = nn.Linear(width, width, bias=False)
             self.gate = nn.Linear(32, width // self.head_dim, bias=False)
 
     def forward(self, x: Tensor, values: Tensor | None, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        y = smear(norm(x))
-        q, k, v = F.linear(y, self.qkv.flatten(0, 1)).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
         if values is not None:
+            y = smear(norm(x))
+            q, k, v = F.linear(y, self.qkv.flatten(0, 1)).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
             gate = 2 * torch.sigmoid(self.gate(y[..., :32]))
             v = v + gate.unsqueeze(-1) * values.unflatten(-1, (-1, self.head_dim))
-        q, k = norm(rotate(q, *rotary)), norm(rotate(k, *rotary))
-        x = x + self.attention_out(attention(q, k, v, self.window).flatten(-2))
+            q, k = norm(rotate(q, *rotary)), norm(rotate(k, *rotary))
+            x = x + self.attention_out(attention(q, k, v, self.window).flatten(-2))
         return x + self.mlp_out(F.relu(self.mlp_in(smear(norm(x)))).square())
 
 
@@ -439,7 +439,7 @@ class GPT(nn.Module):
         What the causal mask saves is not taken off, as in PaLM (https://arxiv.org/abs/2204.02311, appendix B).
         """
         matrices = sum(w.numel() for w in self.blocks.parameters()) + self.head.weight.numel()
-        return 6 * matrices + 12 * self.config.width * sum(self.config.windows)
+        return 6 * matrices + 12 * self.config.width * sum(self.config.windows[i] for i in self.config.value_blocks)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
