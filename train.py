@@ -46,7 +46,7 @@ NGRAM_MATCHES = 3  # longest matching contexts that give candidates
 NGRAM_CANDIDATES = 6  # most frequent next tokens kept for a context
 NGRAM_PART = 0.5  # part of each shard that is counted; the model trains on the rest
 NGRAM_MAX_TOKENS = 2**25  # no more tokens are counted
-NGRAM_ROWS = 2**21  # rows of a table; each holds one context
+NGRAM_ROWS = 2**22  # rows of a table; each holds one context
 NGRAM_SLICES = 8  # a table is filled in so many slices, to save memory
 
 # batch
