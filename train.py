@@ -38,7 +38,7 @@ ASPECT_RATIO = 64  # width per block; the width is DEPTH * ASPECT_RATIO rounded 
 HEAD_DIM = 128  # width of an attention head
 WINDOW_PATTERN = "SSSL"  # repeated over the blocks: S sees half of the context, L all of it; the last block is L
 SMEAR = 0.5  # part of the channels that attention and MLP read from the position before
-SOFT_CAP = 9.0  # logits are squeezed into ±SOFT_CAP
+SOFT_CAP = 7.0  # logits are squeezed into ±SOFT_CAP
 
 # n-gram tables
 NGRAM_CONTEXTS = (2, 3, 4, 6, 8)  # lengths in tokens, each with its table
