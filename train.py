@@ -35,7 +35,7 @@ from prepare import get_device, make_dataloader, train_documents
 # model
 DEPTH = 8  # blocks
 ASPECT_RATIO = 64  # width per block; the width is DEPTH * ASPECT_RATIO rounded up to whole heads
-HEAD_DIM = 128  # width of an attention head
+HEAD_DIM = 64  # width of an attention head
 WINDOW_PATTERN = "SSSL"  # repeated over the blocks: S sees half of the context, L all of it; the last block is L
 SMEAR = 0.5  # part of the channels that attention and MLP read from the position before
 SOFT_CAP = 9.0  # logits are squeezed into ±SOFT_CAP
